@@ -1,0 +1,31 @@
+"""Prune the toy source to 0.4 of its parameters with DRPruning: all four granularities at once, the full method."""
+
+out = "out/toy_prune"
+data = "data/demo"
+
+init_from = "out/toy_pretrain"
+target_n_layer = 4
+target_d_model = 96
+target_n_head = 3
+target_d_ffn = 256
+
+steps = 200
+batch_size = 8
+seq_len = 256
+lr = 2e-3
+warmup = 20
+
+sparsity_warmup = 40
+gate_lr = 1.0
+multiplier_lr = 0.1
+log_alpha = 3.0
+phi = 200.0
+
+schedule = "dro"
+dynamic_reference = True
+dynamic_ratio = True
+reference_model = "out/toy_pretrain"
+
+eval_interval = 8
+eval_sequences = 16
+save_interval = 50

@@ -1,0 +1,189 @@
+"""Which domain should the next batches be drawn from? Validation losses in, domain weights out.
+
+    theta <- argmin_theta  sum_i q_i l_i(theta)                      paper, eq. 3: train on the mixture q, then
+    q     <- argmax_q      sum_i q_i (l_i - r_i),  chi2(q, p) <= rho      eq. 3 and 5: move q to the lagging domains
+
+    symbol  variable   meaning
+    l       losses     validation loss a domain, nats a token
+    r       reference  loss a domain should at least reach (l_R in the paper, section 3.2)
+    p       ratio      reference ratio: centre of the robust set (p_R in the paper, section 3.3)
+    q       weights    the mixture: what the batches are drawn by
+    rho     rho        radius of the robust set
+    delta   delta      how fast the ratio follows the weights
+
+The three functions below are the mathematics; `Mixture` applies them at each evaluation and holds the little state.
+
+    python train.py config/toy_continue.py --schedule=dro --dynamic_reference=True --dynamic_ratio=True
+"""
+
+import numpy as np
+from scipy.optimize import brentq
+
+from scaling_law import FitError, fit
+
+COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
+MORE_POINTS_THAN = 10  # the scaling law is not trusted with fewer
+
+
+def chi2(q, p) -> float:
+    """Divergence of q from p: ½ Σ p (q/p - 1)², 0 where they are equal (eq. 5)."""
+    return float(0.5 * np.sum(p * (q / p - 1) ** 2))
+
+
+def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) -> np.ndarray:
+    """The worst mixture within chi2(q, ratio) <= rho: argmax Σ q_i (l_i - r_i), eq. 3 and 5.
+
+    q_i ∝ p_i · max(relu(excess_i - eta) / Z, floor) with Z = Σ p_i relu(excess_i - eta), eta such that the constraint
+    is tight. The floor keeps every domain in the training: at 0 this is the exact argmax. Equal excesses give the
+    ratio itself; a rho beyond reach gives the extreme point, everything (but the floor) on the largest excess.
+    Arrays of one value a domain; ValueError for values that are not finite or a ratio that is not positive.
+    """
+    losses, reference, p = (np.asarray(x, np.float64) for x in (losses, reference, ratio))
+    check(losses=losses, reference=reference, ratio=p, rho=rho)
+    excess = losses - reference
+
+    def q(relative):  # relative = relu(excess - eta) / Z, one value a domain
+        q = p * np.maximum(relative, floor)
+        return q / q.sum()
+
+    def q_at(eta):
+        above = np.maximum(excess - eta, 0.0)
+        return q(above / (p @ above))
+
+    mean, top = p @ excess, excess.max()
+    spread = np.sqrt(p @ (excess - mean) ** 2)
+    if rho == 0 or top - excess.min() <= 1e-12 * max(1.0, np.abs(excess).max()):
+        return p / p.sum()
+    worst = excess == top
+    extreme = q(worst / p[worst].sum())
+    if chi2(extreme, p) <= rho:
+        return extreme
+    # below this eta neither relu nor floor bind, so that chi2 = ½ (spread / (mean - eta))² is at most rho
+    far = max(spread / np.sqrt(2 * rho), (mean - excess.min()) / (1 - floor))
+    high = top - 1e-9 * (top - np.max(excess[~worst]))
+    if chi2(q_at(high), p) <= rho:
+        return extreme
+    eta = brentq(lambda eta: chi2(q_at(eta), p) - rho, mean - far * (1 + 1e-9), high, xtol=1e-14)
+    return q_at(eta)
+
+
+def sheared_weights(weights, losses, reference, step_size: float = 1.0, smoothing: float = 1e-4, clip: bool = False):
+    """Sheared LLaMA's dynamic batch loading: w_i ∝ w_i · exp(step_size · (l_i - r_i)), mixed with a little uniform.
+
+    clip=True takes excesses at 0 at least, as its paper says; its code, the default here, does not.
+    """
+    weights, losses, reference = (np.asarray(x, np.float64) for x in (weights, losses, reference))
+    check(losses=losses, reference=reference, ratio=weights)
+    excess = losses - reference
+    if clip:
+        excess = np.maximum(excess, 0.0)
+    w = weights * np.exp(step_size * (excess - excess.max()))
+    return (1 - smoothing) * w / w.sum() + smoothing / len(w)
+
+
+def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> np.ndarray:
+    """Move the reference ratio towards the weights, p <- delta · q + (1 - delta) · p (section 3.3), within bounds.
+
+    Each share stays within [1/bound, bound] times its initial value and within the initial smallest and largest.
+    """
+    ratio, q, initial = (np.asarray(x, np.float64) for x in (ratio, q, initial))
+    p = delta * q + (1 - delta) * ratio
+    p = np.clip(p, initial / bound, initial * bound)
+    p = np.clip(p / p.sum(), initial.min(), initial.max())
+    return p / p.sum()
+
+
+def check(losses, reference, ratio, rho=0.0):
+    if not losses.shape == reference.shape == ratio.shape or losses.ndim != 1:
+        raise ValueError("losses, reference and ratio must have one value a domain")
+    for name, x in (("loss", losses), ("reference loss", reference), ("ratio", ratio)):
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} of domain {np.flatnonzero(~np.isfinite(x))[0]} is not finite: {x}")
+    if (ratio <= 0).any() or rho < 0:
+        raise ValueError(f"every domain needs a share above 0 and rho must not be negative: {ratio}, rho {rho}")
+
+
+class Mixture:
+    """The domain weights of a run, updated at each evaluation. All state is the small dict `state`.
+
+    schedule: "constant", "sheared" or "dro"; dynamic_reference and dynamic_ratio switch the paper's two additions.
+    initial: first weights and reference ratio, one share a domain; reference: first reference losses or None.
+    """
+
+    def __init__(
+        self,
+        domains: list[str],
+        initial,
+        schedule: str,
+        reference=None,
+        *,
+        dynamic_reference: bool = False,
+        dynamic_ratio: bool = False,
+        rho: float = 0.1,
+        floor: float = 0.2,
+        delta: float = 0.1,
+        bound: float = 2.0,
+        step_size: float = 1.0,
+        clip: bool = False,
+    ):
+        self.domains, self.schedule = domains, schedule
+        self.dynamic_reference, self.dynamic_ratio = dynamic_reference, dynamic_ratio
+        self.rho, self.floor, self.delta, self.bound = rho, floor, delta, bound
+        self.step_size, self.clip = step_size, clip
+        self.initial = np.asarray(initial, np.float64) / np.sum(initial)
+        self.state = {
+            "weights": self.initial.tolist(),
+            "ratio": self.initial.tolist(),
+            "reference": None if reference is None else [float(r) for r in reference],
+            "best": None,  # lowest validation loss seen, a domain
+            "history": {"tokens": [], "losses": [], "params": []},  # one row an evaluation
+        }
+
+    @property
+    def weights(self) -> np.ndarray:
+        """What the next batch is drawn by, one share a domain."""
+        return np.array(self.state["weights"])
+
+    def update(self, progress: float, losses, tokens, params: float, tokens_end, params_end: float) -> dict:
+        """Take one evaluation in: the new weights act from the next batch on.
+
+        progress: share of the run that is done, 0 to 1. losses: validation losses (n,), nats. tokens: tokens of each
+        domain seen (n,); tokens_end: expected at the end of the run. params, params_end: parameters left now, at the
+        end. Returns what to log: reference, prediction and laws (a domain without one has None and a reason).
+        ValueError names the domain whose loss is not finite.
+        """
+        s, losses = self.state, np.asarray(losses, np.float64)
+        for name, loss in zip(self.domains, losses):
+            if not np.isfinite(loss):
+                raise ValueError(f"validation loss of domain '{name}' is {loss}")
+        s["best"] = losses.tolist() if s["best"] is None else np.minimum(s["best"], losses).tolist()
+        laws, reasons = [None] * len(losses), [None] * len(losses)
+        if progress >= COLLECT_FROM:
+            for key, value in (
+                ("tokens", list(map(int, tokens))),
+                ("losses", losses.tolist()),
+                ("params", float(params)),
+            ):
+                s["history"][key].append(value)
+        history = s["history"]
+        if self.dynamic_reference and progress >= PREDICT_FROM and len(history["losses"]) > MORE_POINTS_THAN:
+            # section 3.2: the reference is the lowest loss the domain was ever given, seen at or predicted to reach
+            predicted = np.full(len(losses), np.inf)
+            for i, (t, y) in enumerate(zip(np.transpose(history["tokens"]), np.transpose(history["losses"]))):
+                try:
+                    laws[i] = fit(t, y, history["params"])
+                    predicted[i] = laws[i].predict(tokens_end[i], params_end)
+                except FitError as error:
+                    reasons[i] = str(error)
+            before = np.inf if s["reference"] is None else s["reference"]
+            s["reference"] = np.minimum.reduce([np.broadcast_to(before, losses.shape), predicted, s["best"]]).tolist()
+
+        if self.schedule != "constant" and s["reference"] is not None:
+            if self.schedule == "sheared":
+                q = sheared_weights(s["weights"], losses, s["reference"], self.step_size, clip=self.clip)
+            else:
+                q = dro_weights(losses, s["reference"], s["ratio"], self.rho, self.floor)
+                if self.dynamic_ratio and progress >= RATIO_FROM:
+                    s["ratio"] = update_ratio(s["ratio"], q, self.initial, self.delta, self.bound).tolist()  # 3.3
+            s["weights"] = q.tolist()
+        return {"laws": laws, "no_prediction": reasons}

@@ -1,0 +1,226 @@
+"""How good and how fast are these models? Per-domain loss on text they never saw, and inference speed, side by side.
+
+    python eval.py out/toy_pretrain out/toy_prune out/toy_continue --data data/demo
+    python eval.py out/toy_prune/checkpoints/step_000100 --data data/demo --json eval.json
+    python eval.py out/toy_continue --data data/demo --sample "def main("
+
+Each argument is a run, a checkpoint of it, or a model directory in Hugging Face's format. A run without a finished
+model is read from its newest checkpoint; a checkpoint of a pruning run is extracted at its target shape first.
+
+Perplexity is exp(loss) a token. Bits per byte is loss / ln 2 · tokens / bytes, which can be compared across tokenizers.
+Degradation is the loss above that of the first model named.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.distributed import checkpoint as dcp
+
+from masks import PruningMasks, extract
+from model import Gates, KVCache, Llama, LlamaConfig
+from prepare_data import Parser, TokenData, load_tokenizer
+from settings import user_errors
+
+PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens generated, times measured
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def domain_losses(
+    model, data: TokenData, split: str, seq_len: int, sequences: int, batch_size: int, z: Gates | None = None
+) -> dict[str, float]:
+    """Mean cross entropy in nats a token of each domain, over `sequences` windows spread evenly (0: over all)."""
+    device = model.embed_tokens.weight.device
+    losses = {}
+    for domain in data.domains:
+        tokens = torch.from_numpy(data.eval_sequences(domain, split, seq_len, sequences))
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in tokens.split(batch_size):
+            batch = batch.to(device, non_blocking=True)
+            total += model(batch[:, :-1], z, targets=batch[:, 1:]).double().sum()
+        losses[domain] = total / (tokens.shape[0] * seq_len)
+    return {domain: loss.item() for domain, loss in losses.items()}
+
+
+def bits_per_byte(losses: dict[str, float], data: TokenData, split: str) -> dict[str, float]:
+    """Nats a token -> bits a byte of the text, for each domain."""
+    return {d: loss / math.log(2) / data.bytes_per_token(d, split) for d, loss in losses.items()}
+
+
+# -- speed ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def speed(models: list[Llama]) -> list[dict[str, float]]:
+    """Tokens a second of each model, batch 1: reading a prompt and writing on from it. Medians; models take turns."""
+    seconds = [{"prefill": [], "decode": []} for _ in models]
+    for repeat in range(REPEATS + 1):
+        for model, times in zip(models, seconds):
+            device, length = model.embed_tokens.weight.device, min(PREFILL, model.config.max_seq_len)
+            tokens = torch.arange(length, device=device)[None] % model.config.vocab_size
+            cache = [KVCache(length + DECODE) for _ in model.layers]
+            for kind, calls in (("prefill", [tokens]), ("decode", [tokens[:, :1]] * DECODE)):
+                synchronize(device)
+                start = time.perf_counter()
+                for new in calls:
+                    model(new, cache=cache)
+                synchronize(device)
+                if repeat:  # the first is the warm-up
+                    times[kind].append((time.perf_counter() - start) / (length if kind == "prefill" else DECODE))
+    return [{f"{kind}_tokens_per_second": 1 / statistics.median(t[kind]) for kind in t} for t in seconds]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work, where it works on its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# -- models from runs -----------------------------------------------------------------------------------------------
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the most steps of a run, or None."""
+    found = [p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+    return max(found, key=lambda p: int(p.name[5:]), default=None)
+
+
+def load_model(path: str | Path, finished: bool = False) -> Llama:
+    """The model of a run, of one of its checkpoints, or of a model directory, in float32. ValueError if there is none,
+    or if it has to be `finished` and the run is still going on."""
+    path = Path(path)
+    if (path / "model" / "config.json").is_file():
+        return Llama.from_pretrained(path / "model")
+    if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
+        return Llama.from_pretrained(path)
+    if finished:
+        what = "this run is not finished, run it to its end first" if path.is_dir() else "no such model or run"
+        raise ValueError(f"{path}: {what}")
+    checkpoint = path if (path / "state.json").is_file() else newest_checkpoint(path)
+    if checkpoint is None:
+        what = "has no model and no checkpoint yet" if path.is_dir() else "no such model, run or checkpoint"
+        raise ValueError(f"{path}: {what}")
+    state = json.loads((checkpoint / "state.json").read_text())
+    source, target = LlamaConfig(**state["source"]), state["target"]
+    tree = torch.nn.ModuleDict({"model": Llama(source)})
+    if target is not None:
+        tree["masks"] = PruningMasks(source, LlamaConfig(**target), 0)
+    weights = tree.state_dict()
+    dcp.load({"weights": weights}, checkpoint_id=checkpoint, no_dist=True)
+    tree.load_state_dict(weights)
+    return tree["model"] if target is None else extract(tree["model"], tree["masks"])
+
+
+# -- command --------------------------------------------------------------------------------------------------------
+
+
+def evaluate(names: list[str], models: list[Llama], data: TokenData, args) -> dict:
+    """Everything the command reports, as JSON: model name -> domains, average, worst, parameters, speed."""
+    results = {}
+    for name, model, fast in zip(names, models, speed(models)):
+        losses = domain_losses(model, data, args.split, args.seq_len, args.sequences, args.batch_size)
+        bits = bits_per_byte(losses, data, args.split)
+        first = next(iter(results.values()))["domains"] if results else None
+        domains = {}
+        for d, loss in losses.items():
+            base = first[d] if first else {"loss": loss, "bits_per_byte": bits[d]}
+            domains[d] = {
+                "loss": loss,
+                "perplexity": math.exp(loss),
+                "bits_per_byte": bits[d],
+                "degradation": loss - base["loss"],
+                "degradation_bits_per_byte": bits[d] - base["bits_per_byte"],
+            }
+        keys = next(iter(domains.values()))
+        results[name] = {
+            "domains": domains,
+            "average": {k: statistics.fmean(row[k] for row in domains.values()) for k in keys},
+            "worst": {k: max(row[k] for row in domains.values()) for k in keys},
+            "parameters": model.config.n_params(),
+            **fast,
+        }
+    return results
+
+
+def table(results: dict) -> str:
+    """The results as text: a row a domain, a block of columns a model."""
+    names, domains = list(results), list(next(iter(results.values()))["domains"])
+    width = max(map(len, [*domains, "prefill tokens/s"]))
+    columns = {"loss": "loss", "ppl": "perplexity", "bits/byte": "bits_per_byte", "+loss": "degradation"}
+    block = 36
+    lines = [" " * width + "".join(f"  {shorten(name, block - 2):>{block - 2}}" for name in names)]
+    lines.append(" " * width + ("".join(f"{c:>9}" for c in columns)) * len(names))
+    for label in [*domains, "average", "worst"]:
+        rows = [r["domains"].get(label) or r[label] for r in results.values()]
+        cells = "".join(f"{row[key]:>9.{2 if c == 'ppl' else 3}f}" for row in rows for c, key in columns.items())
+        lines.append(f"{label:<{width}}{cells}")
+    for label, key in (
+        ("parameters", "parameters"),
+        ("prefill tokens/s", "prefill_tokens_per_second"),
+        ("decode tokens/s", "decode_tokens_per_second"),
+    ):
+        first = results[names[0]][key]
+        cells = (f"{results[n][key]:,.0f} ({results[n][key] / first:.2f}x)" for n in names)
+        lines.append(f"{label:<{width}}" + "".join(f"{cell:>{block}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def shorten(name: str, width: int) -> str:
+    """The end of a name, which is what tells paths apart."""
+    return name if len(name) <= width else "…" + name[-width + 1 :]
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL_OR_RUN")
+    parser.add_argument("--data", required=True, help="data set made by prepare_data.py")
+    parser.add_argument("--split", default="test", choices=["val", "test", "train"])
+    parser.add_argument("--seq_len", type=int, default=0, help="tokens a window (default: the data's window, or less)")
+    parser.add_argument("--sequences", type=int, default=0, help="windows a domain (default: all)")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--json", metavar="FILE", help="write the results here, too")
+    parser.add_argument("--sample", metavar="TEXT", help="continue this text with each model instead")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to sample")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    with user_errors():
+        args = parser.parse_args()
+        data = TokenData(args.data)
+        models = [load_model(path).to(args.device).eval() for path in args.models]
+        for path, model in zip(args.models, models):
+            if model.config.vocab_size < data.vocab_size:
+                raise ValueError(
+                    f"{path}: its vocabulary has {model.config.vocab_size} tokens, {args.data} needs {data.vocab_size} "
+                    f"({data.tokenizer}): prepare the text with the model's own tokenizer"
+                )
+        longest = min(model.config.max_seq_len for model in models)
+        args.seq_len = args.seq_len or min(data.meta["window"], longest)
+        if not 0 < args.seq_len <= longest:
+            raise ValueError(f"--seq_len {args.seq_len}: the models take 1 to {longest} tokens")
+        tokenizer = load_tokenizer(data.tokenizer) if args.sample is not None else None
+    if tokenizer is not None:
+        prompt = torch.tensor([tokenizer.encode(args.sample) or [data.eot]], device=args.device)
+        for path, model in zip(args.models, models):
+            out = model.generate(prompt, args.tokens, args.temperature, args.seed)[0].tolist()
+            print(f"--- {path}\n{tokenizer.decode(out)}")
+        return
+    results = evaluate(args.models, models, data, args)
+    print(table(results))
+    if args.json:
+        with user_errors():
+            Path(args.json).write_text(
+                json.dumps({"data": args.data, "split": args.split, "models": results}, indent=1)
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""Pruning as learning: hard-concrete gates, the constraint that makes them hit the target shape, and the extraction.
+
+Every structure that may go (a layer, a hidden dimension, a KV group with its query heads, a feed-forward dimension)
+gets a gate z in [0, 1]. While training, z is sampled from a hard-concrete distribution, a stretched and clipped sigmoid
+that puts real probability on exactly 0 and exactly 1 (arXiv 1712.01312), so "how many survive" has a gradient:
+
+    s = sigmoid((ln u - ln(1-u) + log_alpha) / beta)      u ~ U(0, 1)          HardConcrete.sample
+    z = clip(s · (zeta - gamma) + gamma, 0, 1)
+    P(z != 0) = 1 - sigmoid(beta · ln(x/(1-x)) - log_alpha),  x = -gamma/(zeta - gamma)
+                                                                               HardConcrete.prob_nonzero
+    l~ = lambda · (s - t) + phi · (s - t)²                paper, eq. 1         PruningMasks.lagrangian
+
+    symbol        variable                     meaning
+    log_alpha     HardConcrete.log_alpha       what is learned: large = keep
+    s, t          sparsity, target             expected and wanted share of zeros, t ramps up linearly
+    lambda, phi   multipliers[granularity]     Lagrange multipliers: gradient *ascent*
+
+After training the highest-scoring structures are kept, exactly as many as the target shape has, and `extract` cuts them
+out: the small dense Llama computes what the gated one did.
+
+    python train.py config/toy_prune.py
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model import Gates, Llama, LlamaConfig
+
+GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # stretch and temperature
+LOG_ALPHA_MIN, LOG_ALPHA_MAX = math.log(1e-2), math.log(1e2)
+UNDECIDED = (0.05, 0.95)  # a gate whose P(z = 0) lies between is neither kept nor pruned yet
+
+
+class HardConcrete(nn.Module):
+    """Gates of one granularity, `shape` of them; each row (the last axis) is to keep `keep`."""
+
+    def __init__(self, shape: tuple[int, ...], keep: int, init: float = LOG_ALPHA_MAX):
+        super().__init__()
+        if not 0 < keep <= shape[-1]:
+            raise ValueError(f"cannot keep {keep} of {shape[-1]}")
+        self.keep = keep
+        self.log_alpha = nn.Parameter(torch.full(shape, float(init)))
+
+    def prob_nonzero(self) -> Tensor:
+        """P(z != 0), shape of the gates: the differentiable count of what survives."""
+        x = -GAMMA / (ZETA - GAMMA)
+        prob_zero = torch.sigmoid(BETA * math.log(x / (1 - x)) - self.log_alpha)
+        return 1 - prob_zero.clamp(1e-6, 1 - 1e-6)
+
+    def sample(self, u: Tensor) -> Tensor:
+        """Gates for uniform noise u in (0, 1) of the same shape."""
+        s = torch.sigmoid((u.log() - (1 - u).log() + self.log_alpha) / BETA)
+        return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def deterministic(self, keep: int | None = None) -> Tensor:
+        """Gates without noise. In each row the lowest are set to 0: all but `keep` of them, or, where keep is None, as
+        many as are expected to be 0 now (rounded)."""
+        z = torch.sigmoid(0.8 * self.log_alpha / BETA)
+        size = z.shape[-1]
+        if keep is None:
+            # the row's own expectation, not the mean over rows: each layer is on its own way to the target
+            zeros = (size - self.prob_nonzero().sum(-1)).round()
+        else:
+            zeros = torch.full(z.shape[:-1], size - keep, device=z.device)
+        rank = self.log_alpha.argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 = lowest, ties by index
+        return z * (rank >= zeros[..., None])
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep log_alpha where its gradient lives; called after each optimizer step."""
+        self.log_alpha.clamp_(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
+
+
+class PruningMasks(nn.Module):
+    """The gates of all granularities in which `target` is smaller than `source`, with their Lagrange multipliers.
+
+    `layer`, `hidden`, `head`, `ffn` are a HardConcrete each, or None where the target equals the source.
+    `multipliers[granularity]` is (lambda, phi). sparsity_warmup: steps in which the target sparsity ramps up from 0.
+    log_alpha, phi: initial values (short runs need a phi above 0). Raises ValueError when the target cannot be cut out
+    of the source.
+    """
+
+    def __init__(
+        self,
+        source: LlamaConfig,
+        target: LlamaConfig,
+        sparsity_warmup: int,
+        log_alpha: float = LOG_ALPHA_MAX,
+        phi: float = 0.0,
+    ):
+        super().__init__()
+        self.source, self.target, self.sparsity_warmup = source, target, sparsity_warmup
+        check_target(source, target)
+        n_layer = source.n_layer
+        shapes = {  # granularity -> shape of its gates, how many each row keeps
+            "layer": ((n_layer,), target.n_layer),
+            "hidden": ((source.d_model,), target.d_model),
+            "head": ((n_layer, source.n_kv_head), target.n_kv_head),
+            "ffn": ((n_layer, source.d_ffn), target.d_ffn),
+        }
+        self.multipliers = nn.ModuleDict()
+        for granularity, (shape, keep) in shapes.items():
+            pruned = keep < shape[-1]
+            setattr(self, granularity, HardConcrete(shape, keep, log_alpha) if pruned else None)
+            if pruned:
+                lam = nn.Parameter(torch.tensor(0.0))
+                self.multipliers[granularity] = nn.ParameterList([lam, nn.Parameter(torch.tensor(float(phi)))])
+
+    def gates(self) -> dict[str, HardConcrete]:
+        """granularity -> its HardConcrete, for those that are pruned."""
+        return {g: getattr(self, g) for g in self.multipliers}
+
+    def sample(self, seed: int, step: int, micro_batch: int) -> Gates:
+        """Gates with the noise of one micro-batch, the same on any number of processes and after a resume."""
+        rng = np.random.default_rng([seed, step, micro_batch])
+        z = {}
+        for granularity, gates in self.gates().items():
+            u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, gates.log_alpha.shape))
+            z[granularity] = gates.sample(u.to(gates.log_alpha, non_blocking=True))
+        return Gates(**z)
+
+    def deterministic(self, at_target: bool = True) -> Gates:
+        """Gates without noise: exactly the target shape, or (at_target=False) as many zeros as are expected now."""
+        return Gates(**{g: h.deterministic(h.keep if at_target else None) for g, h in self.gates().items()})
+
+    def target_sparsity(self, step: int) -> dict[str, float]:
+        """Wanted share of zeros at a step: a linear ramp, then the target's."""
+        ramp = min(1.0, step / self.sparsity_warmup) if self.sparsity_warmup else 1.0
+        return {g: ramp * (1 - h.keep / h.log_alpha.shape[-1]) for g, h in self.gates().items()}
+
+    def lagrangian(self, step: int) -> tuple[Tensor, dict]:
+        """The constraint (eq. 1), summed over granularities, and what to log of it.
+
+        A granularity with a row a layer (head, ffn) has an expected sparsity a row, and the mean of the rows'
+        constraints. stats (tensors, no host sync): granularity -> {sparsity, target_sparsity, undecided, lambda, phi}.
+        """
+        total, stats = 0.0, {}
+        targets = self.target_sparsity(step)
+        for granularity, gates in self.gates().items():
+            lam, phi = self.multipliers[granularity]
+            nonzero = gates.prob_nonzero()
+            sparsity = 1 - nonzero.mean(-1)  # () or (L,)
+            excess = sparsity - targets[granularity]
+            total = total + (lam * excess + phi * excess**2).mean()  # eq. 1
+            undecided = (nonzero > UNDECIDED[0]) & (nonzero < UNDECIDED[1])
+            stats[granularity] = {
+                "sparsity": sparsity.detach().mean(),
+                "target_sparsity": targets[granularity],
+                "undecided": undecided.float().mean(),
+                "lambda": lam.detach(),
+                "phi": phi.detach(),
+            }
+        return total, stats
+
+    @torch.no_grad()
+    def expected_params(self) -> Tensor:
+        """Expected number of parameters left: P in the scaling law."""
+        s = self.source
+
+        def left(gates, full):  # expected number left, () or (L,)
+            return full if gates is None else gates.prob_nonzero().sum(-1)
+
+        d, groups, ffn = left(self.hidden, s.d_model), left(self.head, s.n_kv_head), left(self.ffn, s.d_ffn)
+        layer = 1.0 if self.layer is None else self.layer.prob_nonzero()  # (L,)
+        attention = 2 * d * groups * (s.n_head // s.n_kv_head + 1) * s.head_dim
+        embeddings = s.vocab_size * (1 if s.tie_embeddings else 2) * d
+        one_layer = layer * (attention + 3 * d * ffn + 2 * d)  # () or (L,)
+        layers = one_layer.sum() if one_layer.dim() else s.n_layer * one_layer
+        return layers + embeddings + d
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Clamp every log_alpha; called after each optimizer step."""
+        for gates in self.gates().values():
+            gates.clamp_()
+
+    @torch.no_grad()
+    def choose_(self, scores: Gates) -> None:
+        """Decide all gates at once, without learning: keep the highest scores of each row."""
+        for granularity, gates in self.gates().items():
+            rank = getattr(scores, granularity).argsort(dim=-1, stable=True).argsort(dim=-1)
+            kept = rank >= rank.shape[-1] - gates.keep
+            gates.log_alpha.copy_(torch.where(kept, LOG_ALPHA_MAX, LOG_ALPHA_MIN))
+
+
+def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
+    """ValueError unless `target` can be cut out of `source`: smaller or equal, same head_dim, same queries a KV head."""
+    for name in ("n_layer", "d_model", "n_kv_head", "n_head", "d_ffn"):
+        if getattr(target, name) > getattr(source, name):
+            raise ValueError(
+                f"target {name} = {getattr(target, name)} is larger than the source's {getattr(source, name)}"
+            )
+    if target.head_dim != source.head_dim:
+        raise ValueError(f"target head_dim = {target.head_dim} must be the source's {source.head_dim}: heads go whole")
+    if target.n_head * source.n_kv_head != target.n_kv_head * source.n_head:
+        group = source.n_head // source.n_kv_head
+        raise ValueError(
+            f"target n_head = {target.n_head} with n_kv_head = {target.n_kv_head}: KV groups go whole, so there must be "
+            f"{group} query heads a KV head as in the source"
+        )
+
+
+# -- choices that are not learned, to compare with ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def random_scores(masks: PruningMasks, seed: int) -> Gates:
+    """Scores drawn at random."""
+    rng = np.random.default_rng(seed)
+    return Gates(**{g: torch.from_numpy(rng.random(h.log_alpha.shape)) for g, h in masks.gates().items()})
+
+
+@torch.no_grad()
+def magnitude_scores(model: Llama) -> Gates:
+    """Scores by weight magnitude: the L2 norm of all the weights that would go with a structure."""
+    layer, hidden, head, ffn = [], model.embed_tokens.weight.float().square().sum(0), [], []
+    if not model.config.tie_embeddings:
+        hidden = hidden + model.lm_head.weight.float().square().sum(0)
+    for block in model.layers:
+        a, f = block.self_attn, block.mlp
+        q, k, v, o = (w.weight.float().square() for w in (a.q_proj, a.k_proj, a.v_proj, a.o_proj))
+        gate, up, down = (w.weight.float().square() for w in (f.gate_proj, f.up_proj, f.down_proj))
+        hidden = hidden + sum(w.sum(0) for w in (q, k, v, gate, up)) + o.sum(1) + down.sum(1)
+        rows = [w.sum(1).view(model.config.n_kv_head, -1).sum(1) for w in (q, k, v, o.T)]
+        head.append(sum(rows))
+        ffn.append(gate.sum(1) + up.sum(1) + down.sum(0))
+        layer.append(head[-1].sum() + ffn[-1].sum())
+    return Gates(
+        *(torch.as_tensor(x).sqrt() for x in (torch.stack(layer), hidden, torch.stack(head), torch.stack(ffn)))
+    )
+
+
+# -- extraction -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def extract(model: Llama, masks: PruningMasks) -> Llama:
+    """The small dense Llama of exactly the target shape, equal in function to `model` gated at the target shape.
+
+    What is zero is cut out; what is left of a gate is folded into the weight it scales in the forward, once.
+    """
+    z = masks.deterministic(at_target=True)
+    source, config = model.config, replace(masks.target, max_seq_len=model.config.max_seq_len)
+    kept = kept_indices(masks)
+
+    def fold(weight, z, rows, columns=None):  # z scales what is then cut, as in the forward
+        if z is not None:
+            weight = weight * z.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+        return weight[rows] if columns is None else weight[rows][:, columns]
+
+    d = kept["hidden"]
+    # the final norm's gate moves into a tied lm_head, whose copy of the embedding is folded already
+    z_norm = None if config.tie_embeddings else z.hidden
+    state = {
+        "embed_tokens.weight": fold(model.embed_tokens.weight.T, z.hidden, d).T,
+        "norm.weight": fold(model.norm.weight, z_norm, d),
+        "lm_head.weight": model.lm_head.weight[:, d],
+    }
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    for new, old in enumerate(kept["layer"].tolist()):
+        layer, at, prefix = model.layers[old], z.at(old), f"layers.{new}."
+        a, f = layer.self_attn, layer.mlp
+        groups, ffn = kept["head"][old], kept["ffn"][old]
+        kv_rows = torch.arange(source.n_kv_head * source.head_dim, device=groups.device).view(source.n_kv_head, -1)[
+            groups
+        ]
+        q_rows = torch.arange(source.n_head * source.head_dim, device=groups.device).view(source.n_kv_head, -1)[groups]
+        kv_rows, q_rows = kv_rows.flatten(), q_rows.flatten()
+        z_v = None if at.head is None else at.head.repeat_interleave(source.head_dim)
+        z_out = at.hidden if at.layer is None else at.layer if at.hidden is None else at.layer * at.hidden
+        state |= {
+            prefix + "self_attn.q_proj.weight": fold(a.q_proj.weight, None, q_rows, d),
+            prefix + "self_attn.k_proj.weight": fold(a.k_proj.weight, None, kv_rows, d),
+            prefix + "self_attn.v_proj.weight": fold(a.v_proj.weight, z_v, kv_rows, d),
+            prefix + "self_attn.o_proj.weight": fold(a.o_proj.weight, z_out, d, q_rows),
+            prefix + "mlp.gate_proj.weight": fold(f.gate_proj.weight, None, ffn, d),
+            prefix + "mlp.up_proj.weight": fold(f.up_proj.weight, at.ffn, ffn, d),
+            prefix + "mlp.down_proj.weight": fold(f.down_proj.weight, z_out, d, ffn),
+            prefix + "input_layernorm.weight": fold(layer.input_layernorm.weight, at.hidden, d),
+            prefix + "post_attention_layernorm.weight": fold(layer.post_attention_layernorm.weight, at.hidden, d),
+        }
+    with torch.device("meta"):
+        small = Llama(config)
+    small.load_state_dict({name: weight.clone() for name, weight in state.items()}, assign=True)
+    if config.tie_embeddings:
+        small.lm_head.weight = small.embed_tokens.weight
+    return small
+
+
+@torch.no_grad()
+def kept_indices(masks: PruningMasks) -> dict[str, Tensor]:
+    """granularity -> indices kept at the target shape, in order: layer (L',), hidden (D',), head (L, G'), ffn (L, I')."""
+    s = masks.source
+    shapes = {
+        "layer": (s.n_layer,),
+        "hidden": (s.d_model,),
+        "head": (s.n_layer, s.n_kv_head),
+        "ffn": (s.n_layer, s.d_ffn),
+    }
+    kept, z = {}, masks.deterministic(at_target=True)
+    for granularity, shape in shapes.items():
+        gates = getattr(masks, granularity)
+        if gates is None:
+            kept[granularity] = torch.arange(shape[-1]).expand(shape)
+        else:
+            kept[granularity] = getattr(z, granularity).topk(gates.keep, dim=-1).indices.sort(-1).values
+    return kept
+
+
+def describe(masks: PruningMasks) -> dict:
+    """What was kept, for `pruning.json`: shapes of source and target and, per granularity (and original layer), the kept
+    indices and their gate values, which are folded into the weights. Layers that went are listed too."""
+    z, kept = masks.deterministic(at_target=True), kept_indices(masks)
+    rows = {}
+    for granularity, indices in kept.items():
+        gate = getattr(z, granularity)
+        values = torch.ones(indices.shape) if gate is None else gate.gather(-1, indices)
+        rows[granularity] = {"kept": indices.tolist(), "gates": values.tolist()}
+    return {"source": masks.source.shape, "target": masks.target.shape, **rows}

@@ -1,0 +1,372 @@
+"""The Llama, with a hook for every gate that structured pruning needs, and its Hugging Face checkpoint format.
+
+    x      = embed(tokens) · z_hidden                                     DESIGN: where the gates enter
+    x      = x + z_layer · z_hidden · attention(norm(x), z_head)
+    x      = x + z_layer · z_hidden · ffn(norm(x), z_ffn)
+    logits = lm_head(norm(x))
+
+A gate z in [0, 1] multiplies what one component gives to the rest: 0 is "pruned", 1 is "as before". A gate on the
+output of a linear map is a gate on the rows of its weight, z·(W x) = (z·W) x, and weights are far smaller than
+activations: that is how the hooks below are written (`scale_rows`), it makes a gated step cost about as much as a dense
+one, and it is the reason why the small model that `masks.extract` cuts out computes exactly the same function.
+
+Shapes: B batch, T time, D d_model, H query heads, G key/value heads (groups), K head_dim, I d_ffn, V vocabulary.
+
+    python eval.py out/toy_pretrain --data data/demo --sample "def main("
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**27  # the loss is computed in pieces of at most this many logits (512 MiB in float32)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a Llama. Every field but the last five is something structured pruning may look at; ValueError if it
+    cannot be."""
+
+    vocab_size: int
+    n_layer: int
+    d_model: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int  # stays what it was when heads or hidden dimensions are pruned, hence not d_model / n_head
+    d_ffn: int
+    max_seq_len: int
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ffn", "max_seq_len"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} = {value!r} must be a whole number of at least 1")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head = {self.n_head} must be a multiple of n_kv_head = {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even: rotary embeddings turn pairs")
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What pruning may change, as a small dict for logs and files."""
+        return {k: getattr(self, k) for k in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ffn")}
+
+    def n_params(self) -> int:
+        """Number of parameters, tied embeddings counted once."""
+        attention = 2 * self.d_model * (self.n_head + self.n_kv_head) * self.head_dim
+        layer = attention + 3 * self.d_model * self.d_ffn + 2 * self.d_model
+        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        return self.n_layer * layer + embeddings + self.d_model
+
+
+class Gates(NamedTuple):
+    """One value z a component; None where nothing is pruned. `masks.py` makes them, the model only multiplies."""
+
+    layer: Tensor | None = None  # (L,)
+    hidden: Tensor | None = None  # (D,)
+    head: Tensor | None = None  # (L, G)
+    ffn: Tensor | None = None  # (L, I)
+
+    def at(self, i: int) -> "Gates":
+        """The gates of layer i: layer (), hidden (D,), head (G,), ffn (I,)."""
+        return Gates(*(z if z is None or name == "hidden" else z[i] for name, z in zip(self._fields, self)))
+
+
+def scale_rows(weight: Tensor, z: Tensor | None) -> Tensor:
+    """z·W: gate the outputs of a linear map, one z a row, or one for all where z is a scalar."""
+    return weight if z is None else weight * z.to(weight.dtype)[..., None]
+
+
+def rope(position: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, K/2) of the rotary embedding, in float32 whatever the model's dtype."""
+    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim)
+    angle = position[:, None].float() * frequency
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+K/2}) of x (B, heads, T, K) by its angle: Hugging Face's half-split form."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight. Under a hidden gate the mean square is over the surviving dimensions only, as it will be in
+    the small model; the pruned ones are 0 in x already, so only the divisor changes."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        weight, surviving = self.weight, x.shape[-1]
+        if z is not None:
+            weight, surviving = weight * z.to(weight.dtype), (z != 0).sum().clamp(min=1)
+        mean_square = x.float().square().sum(-1, keepdim=True) / surviving
+        return x * torch.rsqrt(mean_square + self.eps).to(x.dtype) * weight
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; G key/value heads serve H/G query heads each (GQA)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim, self.gqa = config.head_dim, config.n_head != config.n_kv_head
+        q_size, kv_size = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, q_size, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos_sin, z_head: Tensor | None, z_out: Tensor | None, cache) -> Tensor:
+        v_rows = None if z_head is None else z_head.repeat_interleave(self.head_dim)  # no values, no context
+        q, k = self.q_proj(x), self.k_proj(x)
+        v = F.linear(x, scale_rows(self.v_proj.weight, v_rows))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # a single new token may look at everything before it; a prompt is causal within itself
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=self.gqa)
+        return F.linear(y.transpose(1, 2).flatten(2), scale_rows(self.o_proj.weight, z_out))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ffn, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ffn, bias=False)
+        self.down_proj = nn.Linear(config.d_ffn, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, z_ffn: Tensor | None, z_out: Tensor | None) -> Tensor:
+        up = F.linear(x, scale_rows(self.up_proj.weight, z_ffn))
+        return F.linear(F.silu(self.gate_proj(x)) * up, scale_rows(self.down_proj.weight, z_out))
+
+
+class Layer(nn.Module):
+    """One residual block: attention, then feed-forward, each behind a norm."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, x: Tensor, cos_sin, z: Gates, cache=None) -> Tensor:
+        # both blocks write into the residual stream through the layer's gate and the stream's own
+        z_out = z.hidden if z.layer is None else z.layer if z.hidden is None else z.layer * z.hidden
+        x = x + self.self_attn(self.input_layernorm(x, z.hidden), cos_sin, z.head, z_out, cache)
+        return x + self.mlp(self.post_attention_layernorm(x, z.hidden), z.ffn, z_out)
+
+
+class KVCache:
+    """Keys and values (B, G, T, K) of the tokens one layer has seen, in room for `length` tokens."""
+
+    def __init__(self, length: int):
+        self.length, self.used, self.kv = length, 0, None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new tokens' keys and values, return all so far. A prompt comes first, then one token at a time."""
+        if self.kv is None:
+            self.kv = [
+                torch.empty(*x.shape[:2], self.length, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v)
+            ]
+        start, self.used = self.used, self.used + k.shape[2]
+        for store, new in zip(self.kv, (k, v)):
+            store[:, :, start : self.used] = new
+        return tuple(store[:, :, : self.used] for store in self.kv)
+
+
+class Llama(nn.Module):
+    """Decoder-only Llama. Parameters bear Hugging Face's names, less the leading `model.`."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def init_weights(self, seed: int) -> "Llama":
+        """Draw all weights anew: N(0, 0.02²), maps into the residual stream by 1/sqrt(2L) less (GPT-2). Returns self."""
+        generator = torch.Generator(self.embed_tokens.weight.device).manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1:
+                nn.init.ones_(weight)
+            else:
+                into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / (2 * self.config.n_layer) ** 0.5 if into_stream else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
+        return self
+
+    def forward(
+        self,
+        tokens: Tensor,
+        z: Gates | None = None,
+        targets: Tensor | None = None,
+        cache: list[KVCache] | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T); with `targets` (B, T) their cross entropies in nats (B, T), float32, instead.
+
+        z: gates, see `Gates`; None for the plain Llama. cache: one KVCache a layer, appended to.
+        """
+        z = Gates() if z is None else z
+        start = 0 if cache is None else cache[0].used
+        position = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.embed_tokens(tokens)
+        if z.hidden is not None:
+            x = x * z.hidden.to(x.dtype)
+        cos_sin = [part.to(x.dtype) for part in rope(position, self.config)]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos_sin, z.at(i), None if cache is None else cache[i])
+        x = self.norm(x, z.hidden)
+        return self.lm_head(x) if targets is None else self._cross_entropy(x, targets)
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        def piece(x, targets):
+            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="none")
+
+        size = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        pieces = list(zip(x.flatten(0, 1).split(size), targets.flatten().split(size)))
+        if len(pieces) == 1:
+            return piece(*pieces[0]).view_as(targets)
+        # float32 logits of a whole micro-batch would be the largest tensor of all: recompute each piece's backwards
+        return torch.cat([checkpoint(piece, *p, use_reentrant=False) for p in pieces]).view_as(targets)
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, n: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
+        """Continue tokens (B, T) by n sampled ones, the most likely where temperature is 0: (B, T + n)."""
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        cache = [KVCache(tokens.shape[1] + n) for _ in self.layers]
+        new = tokens
+        for _ in range(n):
+            logits = self(new, cache=cache)[:, -1].float()
+            if temperature > 0:
+                new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+            else:
+                new = logits.argmax(-1, keepdim=True)
+            tokens = torch.cat((tokens, new), dim=1)
+        return tokens
+
+    # -- Hugging Face's format: config.json + model.safetensors ------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> "Llama":
+        """Read a Hugging Face Llama directory. ValueError or OSError names what is missing, misshapen or unknown."""
+        path = Path(path)
+        config = read_config(path)
+        with torch.device("meta"):
+            model = cls(config)
+        index = path / "model.safetensors.index.json"
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+        state, expected = {}, dict(model.named_parameters())
+        for file in files or ["model.safetensors"]:
+            if not (path / file).is_file():
+                raise ValueError(
+                    f"{path / file}: no such file; a model directory holds config.json and model.safetensors"
+                )
+            try:
+                with safe_open(path / file, framework="pt") as tensors:
+                    for name in tensors.keys():
+                        state[name.removeprefix("model.")] = tensors.get_tensor(name).to(dtype)
+            except SafetensorError as error:
+                raise ValueError(f"{path / file}: not a whole safetensors file ({error})") from None
+        if config.tie_embeddings:
+            state.pop("lm_head.weight", None)  # some writers store the tied weight twice
+        wrong = [f"{n} is missing" for n in expected.keys() - state.keys()]
+        wrong += [f"{n} is not part of this Llama" for n in state.keys() - expected.keys()]
+        wrong += [
+            f"{n} has shape {tuple(state[n].shape)}, config.json says {tuple(expected[n].shape)}"
+            for n in expected.keys() & state.keys()
+            if state[n].shape != expected[n].shape
+        ]
+        if wrong:
+            raise ValueError(f"{path}: {len(wrong)} tensors do not fit: {', '.join(sorted(wrong)[:4])}")
+        model.load_state_dict(state, strict=not config.tie_embeddings, assign=True)
+        if config.tie_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        return model
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors so that `transformers` loads them as they are, in `dtype` if given."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        state = {}
+        for name, weight in self.named_parameters():  # a tied lm_head is not listed twice
+            full = name if name.startswith("lm_head.") else f"model.{name}"
+            state[full] = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        c, kind = self.config, str(next(iter(state.values())).dtype).removeprefix("torch.")
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "torch_dtype": kind,
+            **{theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()},
+        }
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+HF_KEYS = {  # Hugging Face's config.json key -> LlamaConfig field
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "d_model",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "head_dim": "head_dim",
+    "intermediate_size": "d_ffn",
+    "max_position_embeddings": "max_seq_len",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+}
+HF_REQUIRED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """LlamaConfig from a Hugging Face config.json; ValueError names a key that this Llama cannot represent."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path}: no model here (no config.json)")
+    raw = json.loads(file.read_text())
+    raw.update({k: v for k, v in (raw.get("rope_parameters") or {}).items() if k == "rope_theta"})
+    for key, needed in HF_REQUIRED.items():
+        if raw.get(key, needed) != needed:
+            raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported, only {needed!r}")
+    scaling = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type != "default":
+        raise ValueError(f"{file}: rope_type = {rope_type!r} is not supported, only 'default'")
+    values = {ours: raw[theirs] for theirs, ours in HF_KEYS.items() if raw.get(theirs) is not None}
+    values.setdefault("n_kv_head", values.get("n_head"))
+    if "head_dim" not in values and "n_head" in values and "d_model" in values:
+        values["head_dim"] = values["d_model"] // values["n_head"]
+    missing = [
+        theirs for theirs, ours in HF_KEYS.items() if ours in LlamaConfig.__match_args__[:8] and ours not in values
+    ]
+    if missing:
+        raise ValueError(f"{file}: {', '.join(missing)} missing")
+    return LlamaConfig(**values)

@@ -1,0 +1,597 @@
+"""prepare_data.py: what is on disk is the text, what a batch holds is what the weights ask for."""
+
+import base64
+import collections
+import gzip
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import prepare_data
+from prepare_data import BatchReader, TokenData, load_tokenizer, prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+AWKWARD = [
+    "",
+    " ",
+    "plain text",
+    "  two  spaces,\ttabs\r\nand\n\n\nlines \n",
+    "日本語のテキスト、中文，한국어",
+    "👩‍👩‍👧 family 🏳️‍🌈 e\u0301 é ß ﬃ \u2028 \ufeff",
+    "\x00\x01\x07\x1b\x7f control",
+    "<|endoftext|> <|end_of_text|> </s> [MASK] are text",
+    "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": None}\n" * 20,
+    "x" * 5000 + " " * 5000,
+]
+
+
+def run_cli(*args) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "prepare_data.py"), *map(str, args)], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def documents_of(data: TokenData, domain: str, split: str) -> list[bytes]:
+    """Byte-tokenized documents of a split, cut at the eots without any help from prepare_data."""
+    ids = np.asarray(data.tokens(domain, split)).astype(int)
+    parts = np.split(ids, np.flatnonzero(ids == 256) + 1)
+    return [bytes(part[part != 256].tolist()) for part in parts if len(part)]
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bpe_file(tmp_path_factory) -> Path:
+    """A byte-level BPE of the tokenizers library, like GPT-2's; its eot is named by a tokenizer_config.json."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("bpe")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|pad|>", "<|endoftext|>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["one cat likes the moon, ten cats like fish. 日本語 👩"] * 20, trainer)
+    bpe.enable_truncation(8)  # a file may carry this: it must not cut documents
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def rank_file(tmp_path_factory) -> Path:
+    """A rank file as Llama 3 has it: 256 bytes and a few merges."""
+    tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the", b"  ", b"xx", b"xxxx"]
+    path = tmp_path_factory.mktemp("llama") / "tokenizer.model"
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return path
+
+
+def test_byte_tokenizer_is_utf8():
+    tokenizer = load_tokenizer("byte")
+    assert (tokenizer.n_vocab, tokenizer.eot) == (257, 256)
+    for text in AWKWARD:
+        assert tokenizer.encode(text).tolist() == list(text.encode())
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_huggingface_file_agrees_with_the_library(bpe_file):
+    import tokenizers
+
+    reference = tokenizers.Tokenizer.from_file(str(bpe_file))
+    reference.no_truncation()
+    for spec in (bpe_file, bpe_file.parent):
+        tokenizer = load_tokenizer(str(spec))
+        assert (
+            tokenizer.eot == reference.token_to_id("<|endoftext|>") and tokenizer.n_vocab == reference.get_vocab_size()
+        )
+        assert load_tokenizer(tokenizer.name).eot == tokenizer.eot
+    for text in AWKWARD:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        if "<|" not in text:  # as it is, the library would take these for special tokens
+            assert ids.tolist() == reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer.eot not in ids
+
+
+def test_rank_file_is_llama3s(rank_file):
+    import tiktoken
+
+    tokenizer = load_tokenizer(str(rank_file))
+    assert load_tokenizer(str(rank_file.parent)).n_vocab == tokenizer.n_vocab == 263 + 256
+    assert tokenizer.eot == 263 + 1  # after <|begin_of_text|>
+    for name, place in (("<|start_header_id|>", 6), ("<|eot_id|>", 9), ("<|reserved_special_token_250|>", 255)):
+        assert tokenizer.decode([263 + place]) == name
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" t": 258, b" the": 259}
+    ranks |= {b"  ": 260, b"xx": 261, b"xxxx": 262}
+    reference = tiktoken.Encoding("r", pat_str=prepare_data.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    for text in AWKWARD:
+        ids = tokenizer.encode(text)
+        assert ids.tolist() == reference.encode_ordinary(text) and tokenizer.decode(ids) == text
+    assert tokenizer.encode("the the").tolist() == [257, 259]
+    desert = " " * 1_500_000 + "x"  # more than the pattern's backtracking bears in one piece
+    assert tokenizer.decode(tokenizer.encode(desert)) == desert
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe_file", "rank_file"])
+def test_bytes_of_tokens_sum_to_the_text(kind, request):
+    tokenizer = load_tokenizer("byte" if kind == "byte" else str(request.getfixturevalue(kind)))
+    for text in AWKWARD:
+        ids, sizes = tokenizer.encode_with_bytes(text)
+        assert len(ids) == len(sizes) and ids.tolist() == tokenizer.encode(text).tolist()
+        assert sizes.sum() == len(text.encode())
+    if kind == "bpe_file":  # the text that a normalizer drops counts too
+        import tokenizers
+
+        tokenizer.tokenizer.normalizer = tokenizers.normalizers.Strip()
+        assert tokenizer.encode_with_bytes("  cats  \n")[1].sum() == 9
+        tokenizer.tokenizer.normalizer = tokenizers.normalizers.Sequence([])
+    ids, sizes = tokenizer.encode_with_bytes("the moon, 日")
+    for k in range(len(ids)):  # and each prefix that ends at a character is as long as the text it decodes to
+        if "\ufffd" not in (prefix := tokenizer.decode(ids[:k])):
+            assert sizes[:k].sum() == len(prefix.encode())
+
+
+# --- text -> tokens on disk ---------------------------------------------------------------------------------------
+
+
+def test_every_document_once_in_train_or_in_the_pool(tiny_corpus, tiny_data):
+    data = TokenData(tiny_data)
+    for domain in data.domains:
+        texts = {path.read_bytes() for path in (tiny_corpus / domain).iterdir()}
+        train = documents_of(data, domain, "train")
+        assert len(train) == len(set(train)) and set(train) <= texts
+        val, test = (np.asarray(data.tokens(domain, split)) for split in ("val", "test"))
+        assert len(val) % 128 == len(test) % 128 == 0 and len(val) - len(test) in (0, 128)
+        # val and test windows in turn give the pool back: whole documents, none of them a train document
+        pool, windows = [], {"val": val.reshape(-1, 128), "test": test.reshape(-1, 128)}
+        for i in range(len(windows["val"])):
+            pool += [windows[split][i] for split in ("val", "test") if i < len(windows[split])]
+        pool = np.concatenate(pool)
+        documents = b"".join(bytes([t]) if t < 256 else b"|eot|" for t in pool.tolist()).split(b"|eot|")
+        *whole, cut = documents
+        assert set(whole) == texts - set(train) or set(whole) == texts - set(train) - {
+            t for t in texts - set(train) - set(whole) if t.startswith(cut)
+        }
+        assert whole and set(whole).isdisjoint(train)
+        assert abs(len(texts - set(train)) / len(texts) - 0.1) < 0.08  # 150 documents, a tenth held out
+
+
+def test_counts_give_bits_per_byte(tiny_corpus, bpe_file, tmp_path):
+    corpus = tmp_path / "corpus"
+    rng = random.Random(3)
+    for domain, words in (("ascii", ["one", "cat", "likes"]), ("wide", ["日本語", "👩‍👧", "é", "moon"])):
+        (corpus / domain).mkdir(parents=True)
+        for i in range(60):
+            (corpus / domain / f"{i}.txt").write_text(" ".join(rng.choices(words, k=120)), encoding="utf-8")
+    prepare(str(corpus), tmp_path / "byte", held_out=0.2, window=64)
+    prepare(str(corpus), tmp_path / "bpe", tokenizer=str(bpe_file), held_out=0.2, window=64)
+    for data in map(TokenData, (tmp_path / "byte", tmp_path / "bpe")):
+        tokenizer = load_tokenizer(data.tokenizer)
+        for domain in data.domains:
+            for split in prepare_data.SPLITS:
+                ids, counts = np.asarray(data.tokens(domain, split)), data.meta["domains"][domain][split]
+                assert counts["tokens"] == len(ids) and counts["documents"] == (ids == data.eot).sum()
+                if data.tokenizer == "byte":
+                    assert counts["bytes"] == (ids != data.eot).sum()
+                elif split == "train":
+                    text = tokenizer.decode(ids[ids != data.eot])
+                    assert counts["bytes"] == len(text.encode())
+                assert data.bytes_per_token(domain, split) == counts["bytes"] / len(ids)
+    # a window may cut a character, whose bytes then belong to one of the two tokens: 3 bytes a window at most
+    byte, bpe = TokenData(tmp_path / "byte"), TokenData(tmp_path / "bpe")
+    for split in ("val", "test"):
+        ids = np.asarray(bpe.tokens("wide", split))
+        table = {i: len(bytes_of(t)) for t, i in json.loads(bpe_file.read_text())["model"]["vocab"].items()}
+        true = sum(table[i] for i in ids.tolist() if i != bpe.eot)
+        assert abs(bpe.meta["domains"]["wide"][split]["bytes"] - true) <= 3 * len(ids) / 64
+    # coding each token with log2 V bits costs the same bits a byte by either way of counting
+    nats = math.log(byte.vocab_size)
+    for domain in byte.domains:
+        counts = byte.meta["domains"][domain]["train"]
+        bits = nats * counts["tokens"] / counts["bytes"] / math.log(2)
+        assert bits == pytest.approx(nats / math.log(2) / byte.bytes_per_token(domain, "train"))
+
+
+def bytes_of(token: str) -> bytes:
+    """GPT-2's byte alphabet, from its definition: printable Latin-1 stands for itself, the rest follows from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+    return bytes(table.get(c, 0) for c in token)
+
+
+def jsonl(texts: list[str], source: str | None = None) -> bytes:
+    lines = [{"text": t} | ({"meta": {"set": source}} if source else {}) for t in texts]
+    return "".join(json.dumps(line, ensure_ascii=i % 2 == 0) + "\n" for i, line in enumerate(lines)).encode()
+
+
+def texts_for(name: str, n: int = 80) -> list[str]:
+    rng = random.Random(name)
+    return [f"{name} {i} \u2028 日 " + " ".join(rng.choices(["a", "bb", "ccc"], k=60)) for i in range(n)]
+
+
+def test_every_format_reads_the_same(tmp_path):
+    """.txt, .jsonl, .gz, .zst (in two frames) and --domain_field give the same documents."""
+    zstandard = pytest.importorskip("zstandard")
+    texts, domains, sorted_documents = texts_for("x"), ("txt", "plain", "gz", "zst"), {}
+    for domain in domains:
+        folder = tmp_path / domain / "only" / "deep"
+        folder.mkdir(parents=True)
+        if domain == "txt":
+            for i, text in enumerate(texts):
+                (folder / f"{i}.txt").write_text(text, encoding="utf-8", newline="")
+        half = jsonl(texts[:40]), jsonl(texts[40:] + texts[:3] + ["", " \n"])  # with duplicates and empty documents
+        if domain == "plain":
+            (folder / "a.jsonl").write_bytes(b"\n".join(half))  # with an empty line
+        if domain == "gz":
+            (folder / "a.jsonl.gz").write_bytes(gzip.compress(half[0]) + gzip.compress(half[1]))
+        if domain == "zst":
+            (folder / "a.jsonl.zst").write_bytes(zstandard.compress(half[0]) + zstandard.compress(half[1]))
+        prepare(str(tmp_path / domain), tmp_path / "out" / domain, window=32, held_out=0.1)
+    field = tmp_path / "field"
+    field.mkdir()
+    (field / "b.jsonl").write_bytes(jsonl(texts, "Red/Pajama: Git") + jsonl(texts_for("y"), "wiki"))
+    prepare(str(field), tmp_path / "out" / "field", window=32, held_out=0.1, domain_field="meta.set")
+    assert TokenData(tmp_path / "out" / "field").domains == ["Red_Pajama_Git", "wiki"]
+    for name, domain in [*((d, "only") for d in domains), ("field", "Red_Pajama_Git")]:
+        data = TokenData(tmp_path / "out" / name)
+        sorted_documents[name] = sorted(documents_of(data, domain, "train"))
+        assert len(sorted_documents[name]) > 60
+        assert {t.decode() for t in sorted_documents[name]} < set(texts)
+    assert all(documents == sorted_documents["txt"] for documents in sorted_documents.values())
+
+
+def test_duplicates_go_unique_documents_stay(tmp_path, monkeypatch):
+    """The fixed table may miss a duplicate, but never takes one text for another, however full it is."""
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    unique = [f"document {i} " + "z" * 20 for i in range(3000)]
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(jsonl(unique + unique[::2]))
+    kept = {}
+    for slots in (prepare_data.SEEN_SLOTS, 64):
+        monkeypatch.setattr(prepare_data, "SEEN_SLOTS", slots)
+        prepare(str(tmp_path / "c"), tmp_path / str(slots), window=16)
+        kept[slots] = documents_of(TokenData(tmp_path / str(slots)), "d", "train")
+    large, small = kept.values()
+    assert set(large) == set(small) and 2700 < len(set(large)) <= len(large) <= len(set(large)) + 5
+    assert len(small) > len(large) + 1000
+
+
+def test_surrogates_and_broken_utf8(tmp_path):
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(
+        b'{"text": "half \\ud83d pair \\ud83d\\ude00"}\n' + jsonl(texts_for("q"))
+    )
+    (tmp_path / "c" / "d" / "b.txt").write_bytes(b"latin \xe9 caf\xc3\xa9")
+    prepare(str(tmp_path / "c"), tmp_path / "out", window=16, held_out=0.1)
+    data = TokenData(tmp_path / "out")
+    everything = b"".join(documents_of(data, "d", "train"))
+    assert "half ? pair 😀".encode() in everything and "latin \ufffd café".encode() in everything
+
+
+def test_vocabulary_beyond_16_bits(tmp_path, tiny_corpus):
+    import tokenizers
+
+    words = {f"w{i}": i for i in range(70_000)} | {"</s>": 70_000, "<unk>": 70_001}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    rng = random.Random(0)
+    numbers = [[rng.randrange(70_000) for _ in range(40)] for _ in range(50)]
+    lines = jsonl([" ".join(f"w{n}" for n in row) for row in numbers])
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(lines)
+    prepare(str(tmp_path / "c"), tmp_path / "out", str(tmp_path / "tokenizer.json"), window=16, held_out=0.1)
+    data = TokenData(tmp_path / "out")
+    assert (data.meta["dtype"], data.vocab_size, data.eot) == ("uint32", 70_002, 70_000)
+    raw = np.frombuffer((tmp_path / "out" / "d" / "train.bin").read_bytes(), "<u4").reshape(-1, 41)
+    assert (raw[:, -1] == 70_000).all() and raw[:, :-1].tolist() == [n for n in numbers if n in raw[:, :-1].tolist()]
+    assert raw.max() > 2**16
+
+
+def test_workers_and_seed(tiny_corpus, tiny_data, tmp_path, monkeypatch):
+    """Two processes write what one writes, byte for byte; another seed splits differently."""
+    small = prepare_data.batches
+    monkeypatch.setattr(prepare_data, "batches", lambda documents: small(documents, 20_000))  # many batches
+    prepare(str(tiny_corpus), tmp_path / "two", window=128, held_out=0.1, workers=2)
+    names = sorted(p.relative_to(tiny_data) for p in tiny_data.rglob("*") if p.is_file())
+    assert len(names) == 10
+    for name in names:
+        assert (tiny_data / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    prepare(str(tiny_corpus), tmp_path / "seed", window=128, held_out=0.1, seed=1)
+    trains = [set(documents_of(TokenData(path), "sums", "train")) for path in (tiny_data, tmp_path / "seed")]
+    assert trains[0] - trains[1] and trains[1] - trains[0]
+
+
+def test_max_mb_is_a_limit_a_domain(tiny_corpus, tmp_path):
+    prepare(str(tiny_corpus), tmp_path / "out", window=64, held_out=0.2, max_mb=0.05)
+    data = TokenData(tmp_path / "out")
+    for domain in data.domains:
+        size = sum(data.meta["domains"][domain][split]["bytes"] for split in prepare_data.SPLITS)
+        assert 45_000 < size < 53_000
+        # a choice by seed, not the first by name
+        first = {p.read_bytes() for p in sorted((tiny_corpus / domain).iterdir())[:60]}
+        assert set(documents_of(data, domain, "train")) - first
+
+
+def test_nothing_half_written(tiny_corpus, tmp_path, monkeypatch):
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+
+        def fail(self, *args, error=error):
+            raise error
+
+        monkeypatch.setattr(prepare_data.DomainWriter, "add", fail)
+        with pytest.raises(type(error)):
+            prepare(str(tiny_corpus), tmp_path / "deep" / "out", window=128)
+        assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_installed_has_domains_enough(tmp_path):
+    prepare("installed", tmp_path / "out", window=128, held_out=0.2, max_mb=0.1)
+    data = TokenData(tmp_path / "out")
+    assert len(data.domains) >= 6
+    tokens = {d: np.asarray(data.tokens(d, "train"))[:60_000].astype(int) for d in data.domains}
+    pairs = {d: np.bincount(t[:-1] * 257 + t[1:], minlength=257**2) + 0.01 for d, t in tokens.items()}
+    for a in data.domains:  # each domain's own statistics of byte pairs code it better than any other's
+        held = np.asarray(data.tokens(a, "val")).astype(int)
+        costs = {
+            b: -np.log(c[held[:-1] * 257 + held[1:]] / c.reshape(257, 257).sum(1)[held[:-1]]).mean()
+            for b, c in pairs.items()
+        }
+        assert min(costs, key=costs.get) == a, (a, costs)
+
+
+# --- reading tokens -----------------------------------------------------------------------------------------------
+
+
+def test_sequences(tiny_data):
+    data = TokenData(tiny_data)
+    stream = np.fromfile(tiny_data / "sums" / "val.bin", "<u2")
+    assert data.sequences("sums", "val", 50) == (len(stream) - 1) // 50
+    everything = data.eval_sequences("sums", "val", 50)
+    assert everything.dtype == np.int64 and everything.shape == ((len(stream) - 1) // 50, 51)
+    for i, row in enumerate(everything):
+        assert row.tolist() == stream[50 * i : 50 * i + 51].tolist()
+    assert len(data.eval_sequences("sums", "val", 50, 10**6)) == len(everything)
+    some = data.eval_sequences("sums", "val", 50, 7)
+    places = [next(i for i, row in enumerate(everything) if (row == s).all()) for s in some]
+    assert (
+        places[0] == 0 and places[-1] >= len(everything) * 6 // 7 and max(np.diff(places)) - min(np.diff(places)) <= 1
+    )
+    with pytest.raises(ValueError, match=r"val of domain sums has [\d,]+ tokens"):
+        data.eval_sequences("sums", "val", 10**6)
+
+
+def rows_seen(tokens: np.ndarray, domains: np.ndarray, d: int) -> list[bytes]:
+    return [row.tobytes() for row in tokens[domains == d]]
+
+
+def test_no_repeat_before_a_domain_is_used_up(tiny_data):
+    data, T = TokenData(tiny_data), 64
+    stream = {d: np.fromfile(tiny_data / d / "train.bin", "<u2").astype(np.int64) for d in data.domains}
+    reader, seen = BatchReader(data, T, 16, seed=5), collections.defaultdict(list)
+    weights, step = np.array([0.6, 0.4, 0.0]), 0
+    while len(seen[0]) < 2 * reader.totals[0] + 5:
+        tokens, domains = reader.next(step, weights)
+        assert tokens.shape == (16, T + 1) and tokens.dtype == domains.dtype == np.int64
+        for d in range(3):
+            seen[d] += rows_seen(tokens, domains, d)
+        step += 1
+    assert not seen[2]  # weight 0 is never drawn
+    n = reader.totals[0]
+    all_sequences = sorted(stream["animals"][i * T : i * T + T + 1].tobytes() for i in range(n))
+    assert sorted(seen[0][:n]) == sorted(seen[0][n : 2 * n]) == all_sequences
+    assert seen[0][:n] != seen[0][n : 2 * n] and seen[0][:n] != [
+        stream["animals"][i * T : i * T + T + 1].tobytes() for i in range(n)
+    ]
+    assert reader.tokens_seen() == {d: len(seen[i]) * T for i, d in enumerate(data.domains)}
+    other = BatchReader(data, T, 16, seed=6)
+    assert other.next(0, weights)[0].tolist() != BatchReader(data, T, 16, seed=5).next(0, weights)[0].tolist()
+
+
+def test_draws_follow_the_weights(tiny_data):
+    data = TokenData(tiny_data)
+    reader = BatchReader(data, 64, 64, seed=1)
+    for weights in ([0.2, 0.3, 0.5], [0.9, 0.05, 0.05]):  # the second acts from the very next batch on
+        start = 0 if weights[0] == 0.2 else 100
+        draws = [reader.next(step, weights)[1] for step in range(start, start + 100)]
+        assert len({tuple(d) for d in draws}) > 95  # each step has its own
+        counts = np.bincount(np.concatenate(draws), minlength=3)
+        assert stats.chisquare(counts, 6400 * np.array(weights)).pvalue > 1e-3
+    assert (reader.next(200, [0, 0, 1])[1] == 2).all() and (reader.next(201, [1, 0, 0])[1] == 0).all()
+
+
+def test_ranks_slices_make_the_whole(tiny_data):
+    data, weights = TokenData(tiny_data), [0.2, 0.3, 0.5]
+    whole, *ranks = (BatchReader(data, 32, 12, seed=2) for _ in range(4))
+    for step in range(40):
+        tokens, domains = whole.next(step, weights)
+        parts = [r.next(step, weights, slice(4 * i, 4 * i + 4)) for i, r in enumerate(ranks)]
+        assert np.concatenate([p[0] for p in parts]).tolist() == tokens.tolist()
+        assert np.concatenate([p[1] for p in parts]).tolist() == domains.tolist()
+    assert all(r.state_dict() == whole.state_dict() for r in ranks)
+
+
+def test_resume_is_exact_and_state_does_not_grow(tiny_data):
+    data, weights = TokenData(tiny_data), [0.2, 0.3, 0.5]
+    one = BatchReader(data, 256, 32, seed=2)
+    sizes = set()
+    for step in range(100):  # several epochs
+        one.next(step, weights)
+        sizes.add(len(re.sub(r"\d+", "0", json.dumps(one.state_dict()))))
+    assert len(sizes) == 1 and min(c // t for c, t in zip(one.counts, one.totals, strict=True)) >= 1
+    two = BatchReader(TokenData(tiny_data), 256, 32, seed=2)
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for step in range(100, 130):
+        for a, b in zip(one.next(step, weights), two.next(step, weights), strict=True):
+            assert a.tolist() == b.tolist()
+    with pytest.raises(ValueError, match="animals"):
+        BatchReader(TokenData(tiny_data, ["sums"]), 256, 8, seed=2).load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.5, 0.5], [0.5, 0.6, -0.1], [0.5, 0.5, np.nan], [0.5, 0.5, 0.5], [np.inf, 0, 0], [0, 0, 0]]
+)
+def test_weights_that_are_none(tiny_data, weights):
+    with pytest.raises(ValueError, match="weights must be 3 numbers"):
+        BatchReader(TokenData(tiny_data), 64, 4, seed=0).next(0, weights)
+
+
+def test_subset_of_domains(tiny_data):
+    data = TokenData(tiny_data, ["sums", "animals"])
+    assert data.domains == ["sums", "animals"]
+    tokens, domains = BatchReader(data, 64, 4, seed=0).next(0, [1, 0])
+    assert (domains == 0).all() and set(tokens.ravel().tolist()) <= {*b"0123456789+=;\n", 256}
+    with pytest.raises(ValueError, match="did you mean animals"):
+        TokenData(tiny_data, ["animal"])
+    with pytest.raises(ValueError, match="it has animals, brackets, sums"):
+        TokenData(tiny_data, ["zzz"])
+    with pytest.raises(ValueError, match="shorter than one sequence"):
+        BatchReader(data, 10**6, 4, seed=0)
+
+
+def edit_meta(**changes):
+    def edit(path: Path):
+        meta = json.loads((path / "meta.json").read_text()) | changes
+        (path / "meta.json").write_text(json.dumps(meta))
+
+    return edit
+
+
+def add_token(token: int):
+    def edit(path: Path):
+        file = path / "sums" / "val.bin"
+        file.write_bytes(file.read_bytes()[:-2] + token.to_bytes(2, "little"))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (shutil.rmtree, "first run `python prepare_data.py"),
+        (lambda p: (p / "meta.json").unlink(), "first run `python prepare_data.py"),
+        (lambda p: (p / "meta.json").write_text("{"), "meta.json"),
+        (lambda p: (p / "meta.json").write_text("{}"), "'format' is missing"),
+        (edit_meta(format=2), "format 2, not 1"),
+        (edit_meta(dtype="uint32"), "uint32 tokens; it is damaged"),
+        (edit_meta(dtype="int7"), "'int7' is missing or unknown"),
+        (edit_meta(vocab_size=200), "outside the vocabulary of 200"),
+        (add_token(257), "token 257 is outside the vocabulary of 257"),
+        (lambda p: (p / "sums" / "test.bin").unlink(), "test.bin: 0 bytes"),
+        (lambda p: (p / "sums" / "train.bin").open("ab").write(b"\0"), "train.bin"),
+    ],
+)
+def test_damaged_data_is_refused(tiny_data, tmp_path, damage, message):
+    path = Path(shutil.copytree(tiny_data, tmp_path / "copy"))
+    TokenData(path)
+    damage(path)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        TokenData(path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_command_twice_and_with_other_options(tiny_corpus, tmp_path):
+    args = [tiny_corpus, "--out", tmp_path / "a", "--window=128", "--held_out=0.1", "--workers=1"]
+    for already in ("", ": already prepared"):
+        done = run_cli(*args)
+        assert done.returncode == 0 and done.stderr == ""
+        assert done.stdout.endswith(f"{tmp_path / 'a'}{already}\n") and re.search(r"sums +1\d\d ", done.stdout)
+    done = run_cli(*args, "--seed=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "exists, made with seed 0, not 1; delete it or choose another --out" in done.stderr
+
+
+def bad_folder(path: Path, *lines: bytes) -> Path:
+    (path / "d").mkdir()
+    (path / "d" / "x.jsonl").write_bytes(b'{"text": "good"}\n' + b"\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    "source, args, message",
+    [
+        ("nowhere", [], "nowhere: no such folder"),
+        (".", ["--tokenisor", "byte"], "did you mean --tokenizer"),
+        (".", ["--tokenizer", "gtp2"], "did you mean gpt2?"),
+        ([b'{"text": '], [], "x.jsonl:2: not valid JSON"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, source, args, message):
+    source = bad_folder(tmp_path, *source) if isinstance(source, list) else tmp_path / source
+    done = run_cli(source, "--out", tmp_path / "out" / "x", *args)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr and done.stderr.startswith("prepare_data.py: ")
+    assert not list(tmp_path.glob("out/*")) + list(tmp_path.glob("out/.*"))
+
+
+@pytest.mark.parametrize(
+    "lines, options, message",
+    [
+        ([b'{"txt": "a"}'], {}, r"x.jsonl:2: a line must be an object"),
+        ([b'"text"'], {}, r"x.jsonl:2: a line must be an object"),
+        ([b'{"text": 3}'], {}, r"x.jsonl:2: a line must be an object"),
+        ([], {"domain_field": "meta.set"}, r"x.jsonl:1: no domain in the field meta.set"),
+        ([b'{"text": "a"}'], {}, r"domain d: it has .* held-out windows.*raise --held_out or lower --window"),
+        ([], {"held_out": 1.5}, r"--held_out: 1.5 is out of range"),
+        ([], {"window": 0}, r"--window: 0 is out of range"),
+    ],
+)
+def test_mistakes_name_the_place(tmp_path, lines, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(str(bad_folder(tmp_path, *lines)), tmp_path / "out", **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
+
+
+def test_more_mistakes(tmp_path, tiny_corpus, monkeypatch):
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ValueError, match="in sub-folders, one a domain"):
+        prepare(str(tmp_path), tmp_path / "out")
+    with pytest.raises(ValueError, match="exists and is no data set"):
+        prepare(str(tiny_corpus), tmp_path / "d")
+    (tmp_path / "d" / "x.jsonl.gz").write_bytes(gzip.compress(jsonl(texts_for("z")))[:-20])
+    with pytest.raises(ValueError, match=r"x.jsonl.gz:\d+: "):
+        prepare(str(tmp_path), tmp_path / "out")
+    (tmp_path / "d" / "x.jsonl.gz").rename(tmp_path / "d" / "x.jsonl.zst")
+    pytest.importorskip("zstandard")
+    with pytest.raises(ValueError, match=r"x.jsonl.zst:0: zstd"):
+        prepare(str(tmp_path), tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ValueError, match="pip install zstandard"):
+        prepare(str(tmp_path), tmp_path / "out")
+
+    def offline(name):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match="--tokenizer gpt2: cannot be downloaded.*use --tokenizer byte"):
+        load_tokenizer("gpt2")
+    (tmp_path / "sp.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\n\x00sentencepiece")
+    with pytest.raises(ValueError, match="not a tiktoken rank file"):
+        load_tokenizer(str(tmp_path / "sp.model"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a tokenizer.json"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="neither tokenizer.json nor tokenizer.model"):
+        load_tokenizer(str(tmp_path / "d"))
+
+
+def test_help_starts_with_the_commands():
+    done = run_cli("--help")
+    assert done.returncode == 0 and "python prepare_data.py installed --out" in "".join(done.stdout.splitlines()[:4])

@@ -1,0 +1,376 @@
+"""plot.py: the pictures show the numbers of metrics.jsonl, of whole, running and odd runs; mistakes are one line."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plot
+
+ROOT = Path(__file__).parent.parent
+TOY = ["cpp", "python", "english", "german", "markup"]
+SEVEN = ["CommonCrawl", "C4", "GitHub", "Book", "Wikipedia", "ArXiv", "StackExchange"]
+SEVEN_RATIO = [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
+SOURCE = {"n_layer": 6, "d_model": 128, "n_head": 4, "n_kv_head": 4, "head_dim": 32, "d_ffn": 344}
+TARGET = {"n_layer": 4, "d_model": 96, "n_head": 3, "n_kv_head": 3, "head_dim": 32, "d_ffn": 256}
+GATED = {"layer": 1 - 4 / 6, "hidden": 0.25, "head": 0.25, "ffn": 1 - 256 / 344}
+
+
+def records(stage="continue", domains=TOY, ratio=None, steps=200, stop=None, schedule="dro", name=None, seed=0, **info):
+    """The lines of a plausible run: power-law losses with noise, weights that follow the excess losses, ramping gates.
+
+    `stop`: the run is only that far and has no end line.
+    """
+    rng, n = np.random.default_rng(seed), len(domains)
+    ratio = np.array(ratio or [1 / n] * n)
+    level, tokens_per_step = rng.uniform(1.1, 2.0, n), 2048
+    start = {"pretrain": 4.0, "prune": 0.9, "continue": 0.6}[stage]
+    slope = rng.uniform(0.5, 1.1, n) * (1.3 if stage == "pretrain" else 1)
+    dynamic = schedule == "dro"
+    by_domain = lambda values: dict(zip(domains, (None if v is None else float(v) for v in values)))  # noqa: E731
+    clean = lambda t: level + start * (1 + 60 * t / steps) ** (-0.5 * slope)  # noqa: E731
+    bump = lambda t: 1.5 * np.exp(-(((t / steps - 0.2) / 0.12) ** 2)) * (stage == "prune")  # noqa: E731
+    yield {
+        "type": "run",
+        "name": name or f"toy_{stage}",
+        "stage": stage,
+        "steps": steps,
+        "tokens_per_step": tokens_per_step,
+        "domains": domains,
+        "schedule": schedule,
+        "dynamic_reference": dynamic,
+        "dynamic_ratio": dynamic,
+        "source": SOURCE,
+        "target": TARGET if stage == "prune" else None,
+        "parameters": 1250000,
+    } | info
+    weights, p, reference = ratio.copy(), ratio.copy(), None if stage == "pretrain" else level + 0.25
+    keep = {g: rng.permutation(np.linspace(-1, 1, s)) for g, s in (("layer", 6), ("hidden", 32))}
+    keep |= {g: rng.permuted(np.tile(np.linspace(-1, 1, s), (6, 1)), axis=1) for g, s in (("head", 4), ("ffn", 43))}
+    keep |= {"ffn": np.sort(keep["ffn"] + rng.normal(0, 0.4, (6, 43)), axis=1)[:, rng.permutation(43)]}
+    for step in range(0, (stop or steps) + 1, 5):
+        tokens = step * tokens_per_step
+        loss = clean(step) + bump(step) + rng.normal(0, 0.012, n)
+        ramp = min(1, step / (0.2 * steps))
+        sparsity = {
+            g: max(0.0, t * ramp * (1 - 0.5 * np.exp(-step / 20)) + rng.normal(0, 0.004)) for g, t in GATED.items()
+        }
+        if step and step % 5 == 0:
+            line = {"type": "train", "step": step, "tokens": tokens, "loss": float(loss @ weights), "lr": 1e-3}
+            line |= {"grad_norm": 0.7, "tokens_per_second": 12000.0, "weights": by_domain(weights)}
+            line["domain_loss"] = by_domain([None, *loss[1:]])
+            if stage == "prune":
+                line |= {
+                    "constraint": 0.01,
+                    "sparsity": sparsity,
+                    "target_sparsity": {g: t * ramp for g, t in GATED.items()},
+                }
+                line["undecided"] = {g: 0.6 * np.exp(-step / (40 + 20 * i)) for i, g in enumerate(GATED)}
+                line["lambda"] = {g: (i - 1.5) * 0.3 * (1 - np.exp(-step / 30)) for i, g in enumerate(GATED)}
+                line["phi"] = {g: 200 + (3 + i) * (1 - np.exp(-step / 50)) for i, g in enumerate(GATED)}
+            yield line
+        if step % 10 == 0 and step:
+            fitted, prediction, curve = step >= 0.1 * steps, [None] * n, None
+            if fitted and dynamic:
+                at = np.linspace(step, steps, 20)
+                off = 1 + rng.normal(0, 0.3, n) * (1 - step / steps) ** 2
+                lines = np.array([level + (clean(s) + bump(s) - level) * off for s in at]).T  # (domains, points)
+                prediction = lines[:, -1]
+                curve = {"step": [float(s) for s in at], "loss": dict(zip(domains, lines.tolist()))}
+                reference = prediction if reference is None else np.minimum(reference, prediction)
+            if reference is not None and schedule != "constant":
+                weights = ratio * np.exp(5 * (loss - reference))
+                weights /= weights.sum()
+                p = 0.1 * weights + 0.9 * p if dynamic and step > 0.2 * steps else p
+            line = {"type": "eval", "step": step, "tokens": tokens, "parameters": 1.25e6}
+            line |= {"domain_tokens": {d: int(tokens / n) for d in domains}, "loss": by_domain(loss)}
+            line |= {"bits_per_byte": by_domain(loss / np.log(2)), "prediction": by_domain(prediction), "curve": curve}
+            line |= {"reference": by_domain([None] * n if reference is None else reference)}
+            line |= {"ratio": by_domain(p), "weights": by_domain(weights)}
+            if stage == "prune":
+                cut = {g: 2 * t * ramp - 1 for g, t in GATED.items()}
+                gates = {g: np.clip(0.75 + k - cut[g], 0, 1) * (k >= cut[g]) for g, k in keep.items()}
+                line |= {"gates": {g: z.tolist() for g, z in gates.items()}, "sparsity": sparsity}
+            yield line
+    if stop is None:
+        extra = 0.06 if stage == "prune" else 0.0
+        bits = by_domain((loss + extra) / np.log(2))
+        end = {"type": "end", "step": steps, "loss": by_domain(loss + extra), "bits_per_byte": bits}
+        yield end | {"parameters": 491000, "seconds": 61.5}
+
+
+def write(directory: Path, lines, tail: str = "") -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + tail, encoding="utf-8")
+    return directory
+
+
+def run_plot(*args, cwd=ROOT):
+    return subprocess.run([sys.executable, ROOT / "plot.py", *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def find(ax, gid):
+    """The one line of the axes with this gid."""
+    [line] = [artist for artist in ax.lines if artist.get_gid() == gid]
+    return line
+
+
+def evals(lines):
+    return [r for r in lines if r["type"] == "eval"]
+
+
+def column(lines, *keys):
+    for key in keys:
+        lines = [r[key] for r in lines]
+    return np.array(lines, float)
+
+
+def texts(fig):
+    """Everything written in a figure."""
+    return [t.get_text() for t in fig.findobj(lambda a: hasattr(a, "get_text")) if t.get_text()]
+
+
+# --- reading
+
+
+def test_read_metrics_skips_a_half_written_line(tmp_path):
+    lines = list(records(stop=50))
+    whole = plot.read_metrics(write(tmp_path / "a", lines))
+    torn = plot.read_metrics(write(tmp_path / "b", lines, tail=json.dumps(lines[-1])[:70]))
+    assert torn.evals == whole.evals == evals(lines)
+    assert torn.train == [r for r in lines if r["type"] == "train"]
+    assert torn.end is None
+
+
+def test_a_resumed_run_counts_its_later_lines(tmp_path):
+    first, again = list(records(stop=60)), list(records(seed=1, schedule="sheared"))
+    again = [again[0], *(r for r in again[1:] if r["step"] > 30)]  # the checkpoint was at step 30
+    run = plot.read_metrics(write(tmp_path, [*first, *again]))
+    assert run.info == again[0] and run.end == again[-1]
+    assert [e["step"] for e in run.evals] == list(range(10, 201, 10))
+    assert [e for e in run.evals if e["step"] > 30] == evals(again)
+    assert [r["step"] for r in run.train] == list(range(5, 201, 5))
+
+
+# --- what the pictures show
+
+
+@pytest.mark.parametrize(
+    "domains, ratio", [(TOY, None), (SEVEN, SEVEN_RATIO), ([f"lang_{i}" for i in range(10)], None)]
+)
+def test_weights(tmp_path, domains, ratio):
+    lines = list(records(domains=domains, ratio=ratio))
+    fig = plot.weights_figure(plot.read_metrics(write(tmp_path, lines)))
+    [ax] = fig.axes
+    for d in domains:
+        weight, p = find(ax, f"weight {d}"), find(ax, f"ratio {d}")
+        assert np.allclose(weight.get_xdata(), column(evals(lines), "step"))
+        assert np.allclose(weight.get_ydata(), 100 * column(evals(lines), "weights", d))
+        assert np.allclose(p.get_ydata(), 100 * column(evals(lines), "ratio", d))
+        assert p.get_linestyle() == "--" and weight.get_linestyle() == "-" and p.get_color() == weight.get_color()
+        assert any(text.startswith(f"{d}  ") and text.endswith(" %") for text in texts(fig))
+    assert ax.get_xlabel() == "step (2,048 tokens each)" and "(%)" in ax.get_ylabel()
+    assert ax.get_yscale() == ("log" if ratio else "linear")
+    looks = {(find(ax, f"weight {d}").get_color(), find(ax, f"weight {d}").get_marker()) for d in domains}
+    assert len(looks) == len(domains)
+
+
+def test_labels_never_overlap(tmp_path):
+    for n in (1, 7, 24):
+        lines = records("continue", [f"lang_{i}" for i in range(n)])
+        fig = plot.weights_figure(plot.read_metrics(write(tmp_path, lines)))
+        fig.draw_without_rendering()
+        boxes = sorted((t.get_window_extent() for t in fig.axes[0].texts), key=lambda b: b.y0)
+        assert len(boxes) == n
+        assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:]))
+        assert boxes[-1].x1 <= fig.bbox.x1 and boxes[0].y0 >= 0
+
+
+def test_spread():
+    assert np.allclose(plot.spread(np.array([0.5, 0.1]), 0.1), [0.5, 0.1])
+    assert np.allclose(plot.spread(np.array([0.5, 0.5]), 0.1), [0.45, 0.55])
+    assert np.allclose(plot.spread(np.array([1.0, 0.99, 0.2]), 0.1), [1.0, 0.9, 0.2])
+
+
+@pytest.mark.parametrize("stage", ["continue", "prune"])
+def test_loss_prediction_and_truth(tmp_path, stage):
+    lines = list(records(stage))
+    fig = plot.loss_figure(plot.read_metrics(write(tmp_path, lines)))
+    half = next(e for e in evals(lines) if e["step"] == 100)  # the forecast of a finished run: made at half time
+    assert [ax.get_title("left") for ax in fig.axes] == TOY
+    for ax, d in zip(fig.axes, TOY):
+        assert np.allclose(find(ax, "loss").get_ydata(), column(evals(lines), "loss", d))
+        assert np.allclose(find(ax, "reference").get_ydata()[:-1], column(evals(lines), "reference", d))
+        assert np.allclose(find(ax, "curve").get_data(), [half["curve"]["step"], half["curve"]["loss"][d]])
+        assert np.allclose(find(ax, "prediction").get_data(), [[200], [half["prediction"][d]]])
+        assert np.allclose(find(ax, "end").get_data(), [[200], [lines[-1]["loss"][d]]])
+        low, high = ax.get_ylim()
+        assert low < min(half["prediction"][d], lines[-1]["loss"][d]) and high > lines[-1]["loss"][d]
+        assert f"◇ {half['prediction'][d]:.3f}    ★ {lines[-1]['loss'][d]:.3f}" in texts(fig)
+    assert fig.get_supylabel() == "validation loss (nats/token)"
+    assert ("extracted model" in texts(fig)) == (stage == "prune")
+
+
+def test_loss_of_a_running_run_shows_the_latest_forecast(tmp_path):
+    lines = list(records(stop=150))
+    fig = plot.loss_figure(plot.read_metrics(write(tmp_path, lines)))
+    ends = [a.get_ydata()[0] for a in fig.axes[0].lines if a.get_gid() == "prediction"]
+    assert np.allclose(ends, [e["prediction"]["cpp"] for e in evals(lines) if e["step"] in (100, 150)])
+    assert not any(a.get_gid() == "end" for a in fig.axes[0].lines)
+    assert fig.axes[0].get_xlim() == (0, 200) and "step 150 of 200" in fig.get_suptitle()
+
+
+def test_sparsity(tmp_path):
+    lines = list(records("prune"))
+    fig = plot.sparsity_figure(plot.read_metrics(write(tmp_path, lines)))
+    train = [r for r in lines if r["type"] == "train"]
+    sparsity, undecided, lam, phi = fig.axes
+    for g in GATED:
+        assert np.allclose(find(sparsity, f"sparsity {g}").get_ydata(), 100 * column(train, "sparsity", g))
+        assert np.allclose(find(sparsity, f"target {g}").get_ydata(), 100 * column(train, "target_sparsity", g))
+        assert np.allclose(find(undecided, f"undecided {g}").get_ydata(), 100 * column(train, "undecided", g))
+        assert np.allclose(find(lam, f"lambda {g}").get_ydata(), column(train, "lambda", g))
+        assert np.allclose(find(phi, f"phi {g}").get_ydata(), column(train, "phi", g))
+    units = ["share of gates at 0 (%)", "share of gates (%)", "λ (nats)", "φ (nats)"]
+    assert [ax.get_ylabel() for ax in fig.axes] == units
+
+
+def test_gates(tmp_path):
+    lines = list(records("prune"))
+    fig = plot.gates_figure(plot.read_metrics(write(tmp_path, lines)))
+    gates = evals(lines)[-1]["gates"]
+    layer, head, ffn, hidden = (ax.images[0].get_array() for ax in fig.axes[:4])
+    gone = np.array(gates["layer"]) == 0
+    assert gone.sum() == 2
+    assert np.allclose(layer[:, 0], gates["layer"]) and np.allclose(hidden[0], gates["hidden"])
+    for shown, g in ((head, "head"), (ffn, "ffn")):
+        assert np.array_equal(shown.mask, np.broadcast_to(gone[:, None], shown.shape))  # gone with their layer
+        assert np.allclose(shown[~gone], np.array(gates[g])[~gone])
+    titles = [ax.get_title("left") for ax in fig.axes[:4]]
+    assert titles == ["layers\n6 → 4", "KV heads 4 → 3", "feed-forward 344 → 256", "hidden 128 → 96"]
+    assert fig.axes[2].get_xlim() == (0, 344)  # dimensions, not bins
+
+
+@pytest.mark.parametrize("left", [["hidden"], ["head", "ffn"], ["layer"], []])
+def test_gates_of_some_granularities(tmp_path, left):
+    lines = list(records("prune"))
+    for e in evals(lines):
+        e["gates"] = {g: z if g in left else None for g, z in e["gates"].items()}
+    fig = plot.gates_figure(plot.read_metrics(write(tmp_path, lines)))
+    assert (fig is None) == (not left)
+    if left:
+        fig.draw_without_rendering()
+        assert sum(len(ax.images) for ax in fig.axes) == len(left)
+
+
+def test_comparison(tmp_path):
+    a, b = list(records("prune", TOY)), list(records("continue", ["python", "cpp", "french"], steps=400))
+    fig = plot.comparison_figure([plot.read_metrics(write(tmp_path / n, r)) for n, r in (("a", a), ("b", b))])
+    left, right = fig.axes
+    both = ["cpp", "python"]
+    for name, lines in (("toy_prune", a), ("toy_continue", b)):
+        losses = np.array([column(evals(lines), "bits_per_byte", d) for d in both])
+        assert np.allclose(find(left, f"mean {name}").get_ydata(), losses.mean(0))
+        assert np.allclose(find(left, f"max {name}").get_ydata(), losses.max(0))
+        assert np.allclose(find(left, f"mean {name}").get_xdata(), column(evals(lines), "tokens") / 1e3)
+    for bars, lines in zip(right.containers, (a, b)):
+        ends = [lines[-1]["bits_per_byte"][d] for d in both]
+        assert np.allclose([bar.get_width() for bar in bars], [*ends, np.mean(ends)])
+    assert [t.get_text() for t in right.get_yticklabels()] == [*both, "average"]
+    assert left.get_xlabel() == "tokens (thousands)"
+    assert left.get_ylabel() == right.get_xlabel() == "validation loss (bits per byte)"
+    assert {"toy_prune (prune)", "toy_continue (continue)"} <= set(texts(fig))
+
+
+def test_comparison_without_bits_per_byte_and_with_equal_names(tmp_path):
+    lines = list(records(stop=100))
+    for e in evals(lines):
+        e["bits_per_byte"] = dict.fromkeys(TOY)
+    runs = [plot.read_metrics(write(tmp_path / n, r)) for n, r in (("dro", lines), ("constant", records()))]
+    fig = plot.comparison_figure(runs)
+    assert plot.run_names(runs) == ["dro", "constant"]
+    assert np.allclose(find(fig.axes[0], "mean dro").get_ydata()[-1], np.mean(list(evals(lines)[-1]["loss"].values())))
+    assert fig.axes[0].get_ylabel() == "validation loss (nats/token)"
+
+
+def test_everything_optional_may_be_missing(tmp_path):
+    lines = [{k: v for k, v in next(records("prune")).items() if k in ("type", "stage", "steps", "domains")}]
+    lines[0]["tokens_per_step"] = 8
+    lines += [{"type": "train", "step": 1, "loss": 2.0}, {"type": "eval", "step": 1, "tokens": 8}]
+    lines[-1]["loss"] = {"cpp": 1.0, "python": None}
+    run = plot.read_metrics(write(tmp_path / "bare", lines))
+    for figure in plot.FIGURES.values():
+        if fig := figure(run):
+            fig.draw_without_rendering()
+    plot.comparison_figure([run, run]).draw_without_rendering()
+    assert run.name == "bare" and plot.gates_figure(run) is None and plot.sparsity_figure(run) is None
+
+
+# --- the command
+
+
+def test_command_draws_what_applies(tmp_path):
+    prune = write(tmp_path / "prune", records("prune"))
+    pretrain = write(tmp_path / "pretrain", records("pretrain", schedule="constant"))
+    young = write(tmp_path / "young", records("prune", stop=10), tail='{"type": "tra')  # one evaluation
+    done = run_plot(prune, pretrain, young, "--out", tmp_path / "figures")
+    assert done.returncode == 0 and done.stderr == ""
+    drawn = {prune: ["weights", "loss", "sparsity", "gates"], pretrain: ["weights", "loss"]}
+    drawn |= {young: drawn[prune], tmp_path / "figures": ["comparison"]}
+    expected = [str(directory / f"{name}.png") for directory, names in drawn.items() for name in names]
+    assert done.stdout.split() == expected
+    assert sorted(map(str, tmp_path.rglob("*.png"))) == sorted(expected)
+    assert {png_size(Path(path)) for path in expected} == {(1440, 810)}
+
+
+def test_command_writes_into_the_first_run_by_default(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "a", records("continue"))
+    write(tmp_path / "b", records("continue", seed=1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", "a", "b", "a/"])  # twice the same run is once
+    plot.main()
+    drawn = ["a/weights.png", "a/loss.png", "b/weights.png", "b/loss.png", "a/comparison.png"]
+    assert capsys.readouterr().out.split() == [str(Path(path)) for path in drawn]
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["god"], "god: no such run; there are foreign, good"),
+        (["empty"], "metrics.jsonl: no such file"),
+        (["young"], "no evaluation yet"),
+        (["other"], "not the metrics of a run"),
+        (["good", "foreign"], "no domain is in all of good, foreign"),
+        ([], "required: RUN"),
+        (["good", "--size=3"], "unrecognized arguments: --size=3"),
+        (["good", "--out", "good/metrics.jsonl"], "good/metrics.jsonl: File exists"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, args, said):
+    write(tmp_path / "good", records())
+    write(tmp_path / "young", [r for r in records() if r["type"] != "eval"])
+    write(tmp_path / "other", [{"loss": 1}])
+    write(tmp_path / "foreign", records(domains=["french"]))
+    (tmp_path / "empty").mkdir()
+    if said in ("no evaluation yet", "required: RUN"):  # the others in this process, which is faster
+        done = run_plot(*args, cwd=tmp_path)
+        status, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["plot.py", *args])
+        with pytest.raises(SystemExit) as stop:
+            plot.main()
+        status, (out, err) = stop.value.code, capsys.readouterr()
+    assert status == 2 and out == ""
+    assert err.count("\n") == 1 and said in err and err.startswith("plot.py: ")
+    assert not list(tmp_path.rglob("*.png"))
