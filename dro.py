@@ -41,30 +41,29 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) 
     losses, reference, p = (np.asarray(x, np.float64) for x in (losses, reference, ratio))
     check(losses=losses, reference=reference, ratio=p, rho=rho)
     excess = losses - reference
+    worst, gap = excess == excess.max(), np.ptp(excess)
+    if rho == 0 or gap <= 1e-12 * max(1.0, np.abs(losses).max()):
+        return p / p.sum()
+    excess = (excess - excess.max()) / gap  # neither an offset nor a scale changes the argmax: now in [-1, 0]
 
-    def q(relative):  # relative = relu(excess - eta) / Z, one value a domain
+    def weights(relative):  # relative = relu(excess - eta) / Z, one value a domain
         q = p * np.maximum(relative, floor)
         return q / q.sum()
 
-    def q_at(eta):
+    def weights_at(eta):
         above = np.maximum(excess - eta, 0.0)
-        return q(above / (p @ above))
+        return weights(above / (p @ above))
 
-    mean, top = p @ excess, excess.max()
-    spread = np.sqrt(p @ (excess - mean) ** 2)
-    if rho == 0 or top - excess.min() <= 1e-12 * max(1.0, np.abs(excess).max()):
-        return p / p.sum()
-    worst = excess == top
-    extreme = q(worst / p[worst].sum())
+    extreme = weights(worst / p[worst].sum())
     if chi2(extreme, p) <= rho:
         return extreme
-    # below this eta neither relu nor floor bind, so that chi2 = ½ (spread / (mean - eta))² is at most rho
-    far = max(spread / np.sqrt(2 * rho), (mean - excess.min()) / (1 - floor))
-    high = top - 1e-9 * (top - np.max(excess[~worst]))
-    if chi2(q_at(high), p) <= rho:
-        return extreme
-    eta = brentq(lambda eta: chi2(q_at(eta), p) - rho, mean - far * (1 + 1e-9), high, xtol=1e-14)
-    return q_at(eta)
+    # below `low` neither relu nor floor bind, and there chi2 = ½ variance / (mean - eta)² <= rho
+    mean = p @ excess
+    spread = np.sqrt(p @ (excess - mean) ** 2)
+    low = mean - 1.001 * max(spread / np.sqrt(2 * rho), (mean + 1) / (1 - floor))
+    high = np.max(excess[~worst])  # from here on only the worst are above eta: the extreme point
+    eta = brentq(lambda eta: chi2(weights_at(eta), p) - rho, low, high, xtol=1e-14)  # the constraint is tight
+    return weights_at(eta)
 
 
 def sheared_weights(weights, losses, reference, step_size: float = 1.0, smoothing: float = 1e-4, clip: bool = False):

@@ -17,15 +17,19 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from torch.distributed import checkpoint as dcp
 
+from data import TokenData
 from masks import PruningMasks, extract
 from model import Gates, KVCache, Llama, LlamaConfig
-from prepare_data import Parser, TokenData, load_tokenizer
-from settings import user_errors
+from settings import Parser, user_errors
+from tokenizer import load_tokenizer
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
 
 PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens generated, times measured
 

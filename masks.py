@@ -161,16 +161,16 @@ class PruningMasks(nn.Module):
         """Expected number of parameters left: P in the scaling law."""
         s = self.source
 
+        device = next(self.parameters(), torch.empty(0)).device
+
         def left(gates, full):  # expected number left, () or (L,)
-            return full if gates is None else gates.prob_nonzero().sum(-1)
+            return torch.tensor(full, device=device) if gates is None else gates.prob_nonzero().sum(-1)
 
         d, groups, ffn = left(self.hidden, s.d_model), left(self.head, s.n_kv_head), left(self.ffn, s.d_ffn)
-        layer = 1.0 if self.layer is None else self.layer.prob_nonzero()  # (L,)
+        layer = torch.ones(s.n_layer, device=device) if self.layer is None else self.layer.prob_nonzero()  # (L,)
         attention = 2 * d * groups * (s.n_head // s.n_kv_head + 1) * s.head_dim
         embeddings = s.vocab_size * (1 if s.tie_embeddings else 2) * d
-        one_layer = layer * (attention + 3 * d * ffn + 2 * d)  # () or (L,)
-        layers = one_layer.sum() if one_layer.dim() else s.n_layer * one_layer
-        return layers + embeddings + d
+        return (layer * (attention + 3 * d * ffn + 2 * d)).sum() + embeddings + d
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -188,7 +188,7 @@ class PruningMasks(nn.Module):
 
 
 def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
-    """ValueError unless `target` can be cut out of `source`: smaller or equal, same head_dim, same queries a KV head."""
+    """ValueError unless `target` can be cut out of `source`: not larger, same head_dim, same queries a KV head."""
     for name in ("n_layer", "d_model", "n_kv_head", "n_head", "d_ffn"):
         if getattr(target, name) > getattr(source, name):
             raise ValueError(
@@ -199,7 +199,7 @@ def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
     if target.n_head * source.n_kv_head != target.n_kv_head * source.n_head:
         group = source.n_head // source.n_kv_head
         raise ValueError(
-            f"target n_head = {target.n_head} with n_kv_head = {target.n_kv_head}: KV groups go whole, so there must be "
+            f"target n_head = {target.n_head} with n_kv_head = {target.n_kv_head}: KV groups go whole, there must be "
             f"{group} query heads a KV head as in the source"
         )
 
@@ -294,7 +294,7 @@ def extract(model: Llama, masks: PruningMasks) -> Llama:
 
 @torch.no_grad()
 def kept_indices(masks: PruningMasks) -> dict[str, Tensor]:
-    """granularity -> indices kept at the target shape, in order: layer (L',), hidden (D',), head (L, G'), ffn (L, I')."""
+    """granularity -> indices kept at the target, in order: layer (L',), hidden (D',), head (L, G'), ffn (L, I')."""
     s = masks.source
     shapes = {
         "layer": (s.n_layer,),
@@ -313,8 +313,8 @@ def kept_indices(masks: PruningMasks) -> dict[str, Tensor]:
 
 
 def describe(masks: PruningMasks) -> dict:
-    """What was kept, for `pruning.json`: shapes of source and target and, per granularity (and original layer), the kept
-    indices and their gate values, which are folded into the weights. Layers that went are listed too."""
+    """What was kept, for `pruning.json`: shapes of source and target and, per granularity (and source layer), the
+    kept indices and their gate values, which are folded into the weights. Layers that went are listed too."""
     z, kept = masks.deterministic(at_target=True), kept_indices(masks)
     rows = {}
     for granularity, indices in kept.items():

@@ -90,10 +90,15 @@ def scale_rows(weight: Tensor, z: Tensor | None) -> Tensor:
     return weight if z is None else weight * z.to(weight.dtype)[..., None]
 
 
-def rope(position: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, K/2) of the rotary embedding, in float32 whatever the model's dtype."""
-    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim)
-    angle = position[:, None].float() * frequency
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the 16-bit dtypes, else the dtype itself: where squares, angles and losses are computed."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rope(position: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `rotate` needs of the rotary embedding at positions (T,): cosines and signed sines (T, K)."""
+    pair = torch.arange(0, config.head_dim, 2, device=position.device, dtype=dtype)
+    angle = position[:, None] * config.rope_theta ** (-pair / config.head_dim)
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
@@ -115,7 +120,7 @@ class RMSNorm(nn.Module):
         weight, surviving = self.weight, x.shape[-1]
         if z is not None:
             weight, surviving = weight * z.to(weight.dtype), (z != 0).sum().clamp(min=1)
-        mean_square = x.float().square().sum(-1, keepdim=True) / surviving
+        mean_square = x.to(at_least_float32(x.dtype)).square().sum(-1, keepdim=True) / surviving
         return x * torch.rsqrt(mean_square + self.eps).to(x.dtype) * weight
 
 
@@ -207,7 +212,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def init_weights(self, seed: int) -> "Llama":
-        """Draw all weights anew: N(0, 0.02²), maps into the residual stream by 1/sqrt(2L) less (GPT-2). Returns self."""
+        """Draw all weights: N(0, 0.02²), maps into the residual stream smaller by 1/sqrt(2L) (GPT-2). Returns self."""
         generator = torch.Generator(self.embed_tokens.weight.device).manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
@@ -225,7 +230,7 @@ class Llama(nn.Module):
         targets: Tensor | None = None,
         cache: list[KVCache] | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T); with `targets` (B, T) their cross entropies in nats (B, T), float32, instead.
+        """Logits (B, T, V) of tokens (B, T); with `targets` (B, T) their cross entropies (B, T) in nats, float32.
 
         z: gates, see `Gates`; None for the plain Llama. cache: one KVCache a layer, appended to.
         """
@@ -235,7 +240,7 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)
         if z.hidden is not None:
             x = x * z.hidden.to(x.dtype)
-        cos_sin = [part.to(x.dtype) for part in rope(position, self.config)]
+        cos_sin = [part.to(x.dtype) for part in rope(position, self.config, at_least_float32(x.dtype))]
         for i, layer in enumerate(self.layers):
             x = layer(x, cos_sin, z.at(i), None if cache is None else cache[i])
         x = self.norm(x, z.hidden)
@@ -243,7 +248,8 @@ class Llama(nn.Module):
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         def piece(x, targets):
-            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="none")
+            logits = self.lm_head(x)
+            return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, reduction="none")
 
         size = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         pieces = list(zip(x.flatten(0, 1).split(size), targets.flatten().split(size)))
@@ -307,7 +313,7 @@ class Llama(nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors so that `transformers` loads them as they are, in `dtype` if given."""
+        """Write config.json and model.safetensors as `transformers` loads them, in `dtype` if given."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         state = {}

@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.optimize import isotonic_regression
 
-from settings import user_errors
+from settings import Parser, user_errors
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe-Ito without its yellow
 MARKERS = ["", "o", "s", "^", "D", "v", "X", "P"]  # a second round of colours gets circles, a third squares, ...
@@ -551,11 +551,6 @@ def run_names(runs: list[Run]) -> list[str]:
 
 
 # --- the command
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # instead of usage and exit: one line, as every mistake in this project
-        raise ValueError(f"{message}; --help shows the arguments")
 
 
 FIGURES = {"weights": weights_figure, "loss": loss_figure, "sparsity": sparsity_figure, "gates": gates_figure}

@@ -1,4 +1,4 @@
-"""Data: text -> tokens on disk, one file a domain, and the reader that draws batches by domain weight.
+"""Text -> tokens on disk, one file a domain and split (data.py reads them).
 
     python prepare_data.py installed --out data/installed     # text that every machine has, no download: the demo
     python prepare_data.py corpus --out data/mine --tokenizer gpt2               # one sub-folder of corpus/ a domain
@@ -10,19 +10,10 @@ dropped.
 
 A document belongs to train or to the held-out pool as a hash of its text says, never to both. The pool's tokens are
 cut into windows which go to val and test in turn: two separate small sets of documents differ a lot by chance.
-
-    data/NAME/meta.json           format, tokenizer, vocab_size, eot, dtype, options; tokens, documents, bytes by split
-    data/NAME/<domain>/train.bin  and val.bin, test.bin: little-endian uint16 (uint32 where the vocabulary is larger
-                                  than 65,536), an eot token after each document
-
-`bytes` counts the UTF-8 bytes of the text that a split's tokens stand for (eot: 0), so a loss in nats a token is
-loss * tokens / bytes / ln 2 bits a byte, which can be compared between tokenizers.
 """
 
 import argparse
 import ast
-import base64
-import difflib
 import gzip
 import hashlib
 import importlib.util
@@ -42,166 +33,18 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cached_property, partial
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
-from settings import user_errors
+from data import DTYPES, FORMAT, SPLITS, TokenData
+from settings import Parser, user_errors
+from tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1  # of the data set on disk; a reader refuses any other
-SPLITS = ("train", "val", "test")
 SEEN_SLOTS = 1 << 22  # documents that are remembered when duplicates are looked for, 8 bytes each
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers. Both classes have the same face:
-#   name, n_vocab, eot               for load_tokenizer() to load it again; largest id + 1; id of the end-of-text token
-#   encode(text) -> uint32 (n,)      no token is added, and text that looks like a special token stays text
-#   encode_with_bytes(text) -> ids, uint32 (n,)      the UTF-8 bytes of text that each id stands for
-#   decode(ids) -> str               bytes that are no UTF-8 become U+FFFD
-
-
-class TiktokenTokenizer:
-    """byte, OpenAI's encodings and Llama 3's rank file, by the tiktoken library."""
-
-    def __init__(self, name: str, encoding: tiktoken.Encoding, eot: int):
-        self.name, self.encoding, self.eot, self.n_vocab = name, encoding, eot, encoding.n_vocab
-
-    def encode(self, text: str) -> np.ndarray:
-        try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # the pattern's backtracking gives up on enormous runs of white space
-            parts = [text[i : i + 10_000] for i in range(0, len(text), 10_000)]
-            return np.concatenate([self.encoding.encode_to_numpy(p, disallowed_special=()) for p in parts])
-
-    @cached_property
-    def _token_bytes(self) -> np.ndarray:
-        sizes = np.zeros(self.n_vocab, np.uint32)
-        for i in range(self.n_vocab):
-            try:
-                sizes[i] = len(self.encoding.decode_single_token_bytes(i))
-            except KeyError:
-                pass  # cl100k_base has gaps between its special tokens
-        return sizes
-
-    def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        ids = self.encode(text)
-        return ids, self._token_bytes[ids]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.encoding.decode([int(i) for i in ids], errors="replace")
-
-
-class HuggingFaceTokenizer:
-    """A tokenizer.json, by the tokenizers library."""
-
-    def __init__(self, name: str, file: Path):
-        import tokenizers
-
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises a bare Exception
-            raise ValueError(f"{file}: not a tokenizer.json of the tokenizers library: {error}") from None
-        self.tokenizer.encode_special_tokens = True
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.name, self.eot = name, self._find_eot(file, vocabulary)
-        self.n_vocab = max(self.eot, *vocabulary.values()) + 1
-
-    @staticmethod
-    def _find_eot(file: Path, vocabulary: dict[str, int]) -> int:
-        for beside in ("tokenizer_config.json", "config.json"):
-            if (file.parent / beside).is_file():
-                config = json.loads((file.parent / beside).read_text(encoding="utf-8"))
-                token, ids = config.get("eos_token"), config.get("eos_token_id")
-                token = token.get("content") if isinstance(token, dict) else token
-                if token in vocabulary:
-                    return vocabulary[token]
-                if ids is not None:
-                    return ids[0] if isinstance(ids, list) else ids
-        for token in ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>"):
-            if token in vocabulary:
-                return vocabulary[token]
-        raise ValueError(f"{file}: which token ends a text? Name it as eos_token in a tokenizer_config.json beside it")
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
-
-    def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """A token's bytes reach from the furthest end of the tokens before it to its own, by the library's offsets."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        point = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        position = np.concatenate([[0], np.cumsum(1 + (point > 0x7F) + (point > 0x7FF) + (point > 0xFFFF))])
-        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], np.int64))
-        ends[-1:] = len(text)  # what a normalizer dropped at the end of the text counts too
-        return np.array(encoding.ids, np.uint32), np.diff(position[ends], prepend=0).astype(np.uint32)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
-
-
-Tokenizer = TiktokenTokenizer | HuggingFaceTokenizer
-
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPECIAL = [  # in the order of their ids, which follow the ranks
-    *("<|begin_of_text|>", "<|end_of_text|>"),
-    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
-    *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
-    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
-]
-
-
-def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer `spec` names: byte, a tiktoken encoding (gpt2, cl100k_base), a file, or a folder that holds one.
-
-    A file is a tokenizer.json, or Llama 3's tokenizer.model (lines of base64 and rank). Raises ValueError.
-    """
-    if spec == "byte":
-        # In pieces of 32 bytes encoding runs at 50 MB/s, in single ones at 12; it is linear in the length either way.
-        ranks = {bytes([i]): i for i in range(256)}
-        special = {"<|endoftext|>": 256}
-        encoding = tiktoken.Encoding(spec, pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens=special)
-        return TiktokenTokenizer(spec, encoding, eot=256)
-    names = tiktoken.list_encoding_names()
-    if spec in names:
-        try:
-            encoding = tiktoken.get_encoding(spec)
-        except OSError:
-            raise ValueError(
-                f"--tokenizer {spec}: cannot be downloaded, which tiktoken does the first time (no network?); "
-                "use --tokenizer byte, or the path of a tokenizer.json"
-            ) from None
-        return TiktokenTokenizer(spec, encoding, encoding.eot_token)
-    path = file = Path(spec).resolve()
-    if path.is_dir():
-        file = next((path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()), None)
-        if file is None:
-            raise ValueError(f"--tokenizer {spec}: the folder holds neither tokenizer.json nor tokenizer.model")
-    elif not path.is_file():
-        near = difflib.get_close_matches(spec, ["byte", *names], n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; the names are byte, {', '.join(names)}"
-        raise ValueError(f"--tokenizer {spec}: no such file or folder, nor a tokenizer's name{hint}")
-    if file.suffix == ".json":
-        return HuggingFaceTokenizer(str(path), file)
-    try:
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file.read_bytes().splitlines())}
-        special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(LLAMA3_SPECIAL)}
-        encoding = tiktoken.Encoding(file.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    except ValueError:
-        raise ValueError(
-            f"{file}: not a tiktoken rank file (lines of base64 and rank); "
-            "of a SentencePiece model use the tokenizer.json that is published beside it"
-        ) from None
-    return TiktokenTokenizer(str(path), encoding, special["<|end_of_text|>"])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading documents. A reader takes (domain, file) and yields (domain, text, bytes of the file read so far).
@@ -315,7 +158,7 @@ def installed_files() -> list[tuple[str, Path]]:
 
 
 def read_installed(domain: str, path: Path) -> Iterator[Document]:
-    """The file's documents: few files are few chances for the held-out pool, so each is cut into sections."""
+    """The documents of a file: its text, or the long strings of its code, or the part of it that is prose."""
     text = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
     documents = [text]
     if domain == "readmes":
@@ -334,17 +177,7 @@ def read_installed(domain: str, path: Path) -> Iterator[Document]:
             documents = [node.value for node in nodes if isinstance(node, ast.Constant)]
         documents = [text for text in documents if isinstance(text, str) and len(text) >= 300]
     for document in documents:
-        for section in sections(document):
-            yield domain, section, path.stat().st_size
-
-
-def sections(text: str, size: int = 4096) -> Iterator[str]:
-    """Cut `text` at the first blank line after `size` characters, or at a line's end where none comes soon."""
-    while len(text) > 3 * size // 2:
-        cut = text.find("\n\n", size, 3 * size // 2) + 1 or text.find("\n", size) + 1 or len(text)
-        yield text[:cut]
-        text = text[cut:]
-    yield text
+        yield domain, document, path.stat().st_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -572,162 +405,6 @@ def check_same(out: Path, options: dict):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading tokens.
-
-
-class TokenData:
-    """A prepared data set, opened and checked; the files are mapped, not read.
-
-    path         its folder                              domains     names, sorted or in the order asked for
-    meta         meta.json                               vocab_size  largest id + 1
-    tokenizer    for load_tokenizer()                    eot         id of the token after each document
-
-    `domains` restricts it to some domains, in that order. Raises ValueError for whatever is wrong with the files.
-    """
-
-    def __init__(self, path: Path | str, domains: list[str] | None = None):
-        self.path = Path(path)
-        try:
-            self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
-            if self.meta["format"] != FORMAT:
-                raise ValueError(f"format {self.meta['format']}, not {FORMAT}: delete it and prepare it again")
-            self.tokenizer, self.vocab_size, self.eot = (self.meta[k] for k in ("tokenizer", "vocab_size", "eot"))
-            dtype = DTYPES[self.meta["dtype"]]
-            counts = {d: {s: self.meta["domains"][d][s]["tokens"] for s in SPLITS} for d in self.meta["domains"]}
-        except FileNotFoundError:
-            raise ValueError(
-                f"{self.path}: no data set there (no meta.json); first run "
-                f"`python prepare_data.py installed --out {self.path}`, or with a folder of text for installed"
-            ) from None
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.path / 'meta.json'}: not a data set's: {error} is missing or unknown") from None
-        except ValueError as error:
-            raise ValueError(f"{self.path / 'meta.json'}: {error}") from None
-        self.domains = sorted(counts) if domains is None else list(domains)
-        for domain in self.domains:
-            if domain not in counts:
-                near = difflib.get_close_matches(domain, counts, n=1)
-                hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(counts))}"
-                raise ValueError(f"{self.path}: no domain {domain}{hint}")
-        if not self.domains or len(set(self.domains)) < len(self.domains):
-            raise ValueError(f"{self.path}: the domains asked for must be at least one, each once: {self.domains}")
-        self._tokens = {(d, s): self._open(d, s, counts[d][s], dtype) for d in self.domains for s in SPLITS}
-
-    def _open(self, domain: str, split: str, n_tokens: int, dtype: np.dtype) -> np.memmap:
-        file = self.path / domain / f"{split}.bin"
-        size = file.stat().st_size if file.is_file() else 0
-        if size != n_tokens * dtype.itemsize or not size:
-            raise ValueError(
-                f"{file}: {size:,} bytes where meta.json says {n_tokens:,} {self.meta['dtype']} tokens; "
-                f"it is damaged: delete {self.path} and prepare it again"
-            )
-        tokens = np.memmap(file, dtype, mode="r")
-        for start in np.linspace(0, max(0, n_tokens - 4096), 16, dtype=np.int64):  # a sample: 16 reads, however large
-            if (largest := int(tokens[start : start + 4096].max())) >= self.vocab_size:
-                raise ValueError(f"{file}: token {largest} is outside the vocabulary of {self.vocab_size}: damaged")
-        return tokens
-
-    def tokens(self, domain: str, split: str) -> np.memmap:
-        """All tokens of a split, (n,), uint16 or uint32."""
-        return self._tokens[domain, split]
-
-    def sequences(self, domain: str, split: str, seq_len: int) -> int:
-        """How many sequences of T = seq_len inputs there are; sequence i is tokens[i*T : i*T + T + 1]."""
-        return (len(self._tokens[domain, split]) - 1) // seq_len
-
-    def bytes_per_token(self, domain: str, split: str) -> float:
-        """UTF-8 bytes of text a token; bits a byte = loss in nats / ln 2 / this."""
-        counts = self.meta["domains"][domain][split]
-        return counts["bytes"] / counts["tokens"]
-
-    def read(self, domain: str, split: str, seq_len: int, indices: np.ndarray) -> np.ndarray:
-        """The sequences with these numbers, int64 (len(indices), T+1)."""
-        tokens, rows = self._tokens[domain, split], np.empty((len(indices), seq_len + 1), np.int64)
-        for row, i in zip(rows, indices, strict=True):
-            row[:] = tokens[int(i) * seq_len : int(i) * seq_len + seq_len + 1]
-        return rows
-
-    def eval_sequences(self, domain: str, split: str, seq_len: int, n: int = 0) -> np.ndarray:
-        """int64 (n, T+1): `n` sequences evenly spread over the split; all of them when n is 0 or more than there are.
-
-        Raises ValueError when the split is shorter than one sequence.
-        """
-        total = self.sequences(domain, split, seq_len)
-        if total == 0:
-            raise ValueError(
-                f"{self.path}: {split} of domain {domain} has {len(self._tokens[domain, split]):,} tokens, too few for "
-                f"one sequence of {seq_len}; use shorter sequences or prepare it with more --held_out"
-            )
-        n = min(n, total) or total
-        return self.read(domain, split, seq_len, np.arange(n) * total // n)
-
-
-class BatchReader:
-    """Batches of training sequences, each sequence's domain drawn from the weights of the moment (DESIGN 2.7).
-
-    A domain's sequences come in the order of a permutation keyed by (seed, domain, epoch): none comes back before all
-    have come. What a batch holds follows from (seed, step, weights) and one counter a domain, which is all the state.
-    """
-
-    def __init__(self, data: TokenData, seq_len: int, batch_size: int, seed: int):
-        self.data, self.seq_len, self.batch_size, self.seed = data, seq_len, batch_size, seed
-        self.totals = [data.sequences(domain, "train", seq_len) for domain in data.domains]
-        self.counts = [0] * len(data.domains)  # sequences drawn so far
-        self._orders = {}  # domain index -> (epoch, permutation)
-        for domain, total in zip(data.domains, self.totals, strict=True):
-            if total == 0:
-                raise ValueError(f"{data.path}: train of domain {domain} is shorter than one sequence of {seq_len}")
-
-    def next(self, step: int, weights: np.ndarray, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 (b, T+1) and domain indices int64 (b,) of `rows` of the global batch of this step.
-
-        weights: (n domains,), summing to 1; 0 means never. Every rank must call it with the same step and weights:
-        all rows are counted, `rows` are read. Raises ValueError for weights that are no distribution.
-        """
-        weights = np.asarray(weights, np.float64)
-        if weights.shape != (len(self.totals),) or not (weights >= 0).all() or not abs(weights.sum() - 1) < 1e-3:
-            names = ", ".join(self.data.domains)
-            raise ValueError(
-                f"domain weights must be {len(self.totals)} numbers >= 0 that sum to 1, for {names}: {weights}"
-            )
-        rng = np.random.default_rng([self.seed, step])
-        domains = rng.choice(len(weights), size=self.batch_size, p=weights / weights.sum())
-        sequences = np.array([self._advance(d) for d in domains], np.int64)
-        domains, sequences = domains[rows], sequences[rows]
-        tokens = np.empty((len(domains), self.seq_len + 1), np.int64)
-        for d in np.unique(domains):
-            mine = domains == d
-            tokens[mine] = self.data.read(self.data.domains[d], "train", self.seq_len, sequences[mine])
-        return tokens, domains
-
-    def _advance(self, d: int) -> int:
-        """Number of the next sequence of domain d."""
-        epoch, i = divmod(self.counts[d], self.totals[d])
-        if self._orders.get(d, (None,))[0] != epoch:
-            # The last 1 sets this stream apart from those of `next`: numpy takes [s, t] and [s, t, 0] for the same key.
-            rng = np.random.default_rng([self.seed, int(d), epoch, 1])
-            self._orders[d] = epoch, rng.permutation(np.arange(self.totals[d], dtype=np.uint32))
-        self.counts[d] += 1
-        return int(self._orders[d][1][i])
-
-    def tokens_seen(self) -> dict[str, int]:
-        """Training tokens drawn so far, by domain."""
-        return {domain: n * self.seq_len for domain, n in zip(self.data.domains, self.counts, strict=True)}
-
-    def state_dict(self) -> dict[str, dict[str, int]]:
-        return {"sequences": dict(zip(self.data.domains, self.counts, strict=True))}
-
-    def load_state_dict(self, state: dict[str, dict[str, int]]):
-        """Go on where state_dict() was taken. Raises ValueError when the domains are others."""
-        if set(state["sequences"]) != set(self.data.domains):
-            raise ValueError(
-                f"{self.data.path}: the checkpoint was made with the domains {', '.join(sorted(state['sequences']))}, "
-                f"the data has {', '.join(self.data.domains)}"
-            )
-        self.counts = [int(state["sequences"][domain]) for domain in self.data.domains]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command.
 
 
@@ -743,15 +420,6 @@ def table(data: TokenData) -> str:
             f"{size / 1e6:>11,.2f}{data.bytes_per_token(domain, 'train'):>13.2f}"
         )
     return "\n".join(lines)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """Raise, so that a mistake is one line as everywhere else; name the nearest option."""
-        if match := re.match(r"unrecognized arguments: (--\w+)", message):
-            near = difflib.get_close_matches(match[1], self._option_string_actions, n=1)
-            message += f", did you mean {near[0]}?" if near else "; --help lists the options"
-        raise ValueError(message)
 
 
 def main():

@@ -10,14 +10,16 @@ problem of the file and of the command line is reported at once.
 `user_errors` is how every command of this project treats a mistake: one line on stderr, exit status 2.
 """
 
+import argparse
 import ast
 import dataclasses
 import difflib
 import operator
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -45,6 +47,17 @@ def user_errors():
             error = f"{error.filename}: {error.strerror}"
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake raised as ValueError, for `user_errors`, and the nearest option named."""
+
+    def error(self, message: str):
+        """Raise instead of printing usage and exiting."""
+        if match := re.match(r"unrecognized arguments: (--\w+)", message):
+            near = difflib.get_close_matches(match[1], self._option_string_actions, n=1)
+            message += f", did you mean {near[0]}?" if near else "; --help lists the options"
+        raise ValueError(message)
 
 
 def literal(node: ast.AST) -> Any:

@@ -32,11 +32,11 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from data import BatchReader, TokenData
 from dro import Mixture
 from eval import bits_per_byte, domain_losses, load_model, newest_checkpoint
 from masks import PruningMasks, describe, extract, magnitude_scores, random_scores
 from model import Gates, Llama, LlamaConfig
-from prepare_data import BatchReader, TokenData
 from settings import load, user_errors
 
 GATE_BINS = 32  # hidden and ffn gates are logged as means over at most this many bins
@@ -377,8 +377,9 @@ def main():
 
     def state():
         configs = {"source": asdict(model.config), "target": asdict(masks.target) if masks else None}
-        progress = {"mixture": mixture.state, "reader": reader.state_dict(), "seconds": seconds + time.time() - started}
-        return {**configs, **progress}
+        domains = {"mixture": mixture.state, "reader": reader.state_dict()}
+        log = {"unlogged": [sums.tolist(), counts.tolist()], "seconds": seconds + time.time() - started}
+        return {**configs, **domains, **log}
 
     def evaluate(step):
         """Measure, move the domain weights, log."""
@@ -429,7 +430,8 @@ def main():
         return {"step": (step + share * (s.steps - step)).tolist(), "loss": dict(zip(data.domains, lines))}
 
     # since the last log line, on the device: sum of cross entropies and number of tokens of each domain
-    sums, counts = (torch.zeros(n_domains, dtype=torch.float64, device=device) for _ in range(2))
+    unlogged = run.state["unlogged"] if run.state else [[0.0] * n_domains] * 2
+    sums, counts = (torch.tensor(x, dtype=torch.float64, device=device) for x in unlogged)
     started = since = time.time()
     logged, constraint, stats = first, torch.zeros(()), {}
     if first == 0:
@@ -520,9 +522,8 @@ def main():
         seconds=round(seconds + time.time() - started, 1),
     )
     save_model(run.path / "model", small, kept)
-    print(
-        f"{run.path / 'model'}: {small.config.n_params():,} parameters, validation loss {np.mean(list(losses.values())):.4f}"
-    )
+    mean = np.mean(list(losses.values()))
+    print(f"{run.path / 'model'}: {small.config.n_params():,} parameters, validation loss {mean:.4f}")
 
 
 def save_model(path: Path, model: Llama, kept: dict | None) -> None:

@@ -1,5 +1,7 @@
-"""A small Llama from scratch on the demo data: the source model that toy_prune.py prunes. 1.25M parameters, 2.9M tokens,
-about four minutes on two CPU cores."""
+"""A small Llama from scratch on the demo data: the source model that toy_prune.py prunes.
+
+1.25M parameters, 2.9M tokens, about four minutes on two CPU cores.
+"""
 
 out = "out/toy_pretrain"
 data = "data/demo"

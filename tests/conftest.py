@@ -1,5 +1,7 @@
 """What the tests share: a small data set whose domains can be learned, built by prepare_data itself."""
 
+import gzip
+import json
 import random
 import sys
 from pathlib import Path
@@ -64,3 +66,9 @@ def tiny_data(tiny_corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "tiny"
     prepare(str(tiny_corpus), out, window=128, held_out=0.1)
     return out
+
+
+@pytest.fixture(scope="session")
+def upstream() -> dict:
+    """Numbers printed by the paper's published code, in float64: inputs and outputs only (tests/README.md)."""
+    return json.loads(gzip.decompress((Path(__file__).parent / "upstream_values.json.gz").read_bytes()))

@@ -17,7 +17,10 @@ import pytest
 from scipy import stats
 
 import prepare_data
-from prepare_data import BatchReader, TokenData, load_tokenizer, prepare
+import tokenizer
+from data import SPLITS, BatchReader, TokenData
+from prepare_data import prepare
+from tokenizer import LLAMA3_PATTERN, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 AWKWARD = [
@@ -117,7 +120,7 @@ def test_rank_file_is_llama3s(rank_file):
         assert tokenizer.decode([263 + place]) == name
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" t": 258, b" the": 259}
     ranks |= {b"  ": 260, b"xx": 261, b"xxxx": 262}
-    reference = tiktoken.Encoding("r", pat_str=prepare_data.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    reference = tiktoken.Encoding("r", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     for text in AWKWARD:
         ids = tokenizer.encode(text)
         assert ids.tolist() == reference.encode_ordinary(text) and tokenizer.decode(ids) == text
@@ -182,7 +185,7 @@ def test_counts_give_bits_per_byte(tiny_corpus, bpe_file, tmp_path):
     for data in map(TokenData, (tmp_path / "byte", tmp_path / "bpe")):
         tokenizer = load_tokenizer(data.tokenizer)
         for domain in data.domains:
-            for split in prepare_data.SPLITS:
+            for split in SPLITS:
                 ids, counts = np.asarray(data.tokens(domain, split)), data.meta["domains"][domain][split]
                 assert counts["tokens"] == len(ids) and counts["documents"] == (ids == data.eot).sum()
                 if data.tokenizer == "byte":
@@ -320,7 +323,7 @@ def test_max_mb_is_a_limit_a_domain(tiny_corpus, tmp_path):
     prepare(str(tiny_corpus), tmp_path / "out", window=64, held_out=0.2, max_mb=0.05)
     data = TokenData(tmp_path / "out")
     for domain in data.domains:
-        size = sum(data.meta["domains"][domain][split]["bytes"] for split in prepare_data.SPLITS)
+        size = sum(data.meta["domains"][domain][split]["bytes"] for split in SPLITS)
         assert 45_000 < size < 53_000
         # a choice by seed, not the first by name
         first = {p.read_bytes() for p in sorted((tiny_corpus / domain).iterdir())[:60]}
@@ -579,7 +582,7 @@ def test_more_mistakes(tmp_path, tiny_corpus, monkeypatch):
     def offline(name):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
     with pytest.raises(ValueError, match="--tokenizer gpt2: cannot be downloaded.*use --tokenizer byte"):
         load_tokenizer("gpt2")
     (tmp_path / "sp.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\n\x00sentencepiece")

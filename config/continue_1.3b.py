@@ -1,0 +1,53 @@
+"""Train the 1.3B model that prune_7b.py made on, the paper's setting: 48,000 steps of 256 x 4,096 tokens, 50B tokens.
+
+torchrun --nproc_per_node=8 train.py config/continue_1.3b.py
+"""
+
+out = "out/continue_1.3b"
+data = "data/slimpajama"
+domains = [
+    "RedPajamaCommonCrawl",
+    "RedPajamaC4",
+    "RedPajamaGithub",
+    "RedPajamaBook",
+    "RedPajamaWikipedia",
+    "RedPajamaArXiv",
+    "RedPajamaStackExchange",
+]
+
+init_from = "out/prune_7b"
+
+steps = 48000
+batch_size = 256
+micro_batch = 16
+seq_len = 4096
+lr = 1e-4
+warmup = 1440
+dtype = "bfloat16"
+compile = True
+
+schedule = "dro"
+dynamic_reference = True
+dynamic_ratio = True
+ratio = {
+    "RedPajamaCommonCrawl": 0.67,
+    "RedPajamaC4": 0.15,
+    "RedPajamaGithub": 0.045,
+    "RedPajamaBook": 0.045,
+    "RedPajamaWikipedia": 0.045,
+    "RedPajamaArXiv": 0.025,
+    "RedPajamaStackExchange": 0.02,
+}
+reference_losses = {
+    "RedPajamaCommonCrawl": 1.9643,
+    "RedPajamaC4": 2.1251,
+    "RedPajamaGithub": 0.7459,
+    "RedPajamaBook": 2.1393,
+    "RedPajamaWikipedia": 1.7590,
+    "RedPajamaArXiv": 1.4449,
+    "RedPajamaStackExchange": 1.6117,
+}
+
+eval_interval = 400
+eval_sequences = 500
+save_interval = 400

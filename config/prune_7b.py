@@ -1,0 +1,64 @@
+"""Llama-2-7B to 1.3B, the paper's setting: all four granularities at once, the full method, seven RedPajama domains.
+
+    torchrun --nproc_per_node=8 train.py config/prune_7b.py
+
+3,200 steps of 32 x 4,096 tokens: 0.42B tokens. Then continue_1.3b.py: 50B tokens.
+"""
+
+out = "out/prune_7b"
+data = "data/slimpajama"
+domains = [
+    "RedPajamaCommonCrawl",
+    "RedPajamaC4",
+    "RedPajamaGithub",
+    "RedPajamaBook",
+    "RedPajamaWikipedia",
+    "RedPajamaArXiv",
+    "RedPajamaStackExchange",
+]
+
+init_from = "Llama-2-7b-hf"
+target_n_layer = 24
+target_d_model = 2048
+target_n_head = 16
+target_d_ffn = 5504
+
+steps = 3200
+batch_size = 32
+micro_batch = 4
+seq_len = 4096
+lr = 1e-4
+warmup = 320
+dtype = "bfloat16"
+compile = True
+
+sparsity_warmup = 640
+gate_lr = 1.0
+multiplier_lr = 1.0
+
+schedule = "dro"
+dynamic_reference = True
+dynamic_ratio = True
+ratio = {
+    "RedPajamaCommonCrawl": 0.67,
+    "RedPajamaC4": 0.15,
+    "RedPajamaGithub": 0.045,
+    "RedPajamaBook": 0.045,
+    "RedPajamaWikipedia": 0.045,
+    "RedPajamaArXiv": 0.025,
+    "RedPajamaStackExchange": 0.02,
+}
+# what Sheared LLaMA's scaling law says a 1.3B model should reach
+reference_losses = {
+    "RedPajamaCommonCrawl": 1.9643,
+    "RedPajamaC4": 2.1251,
+    "RedPajamaGithub": 0.7459,
+    "RedPajamaBook": 2.1393,
+    "RedPajamaWikipedia": 1.7590,
+    "RedPajamaArXiv": 1.4449,
+    "RedPajamaStackExchange": 1.6117,
+}
+
+eval_interval = 50
+eval_sequences = 500
+save_interval = 200

@@ -1,0 +1,171 @@
+"""Tokens on disk -> batches: a prepared data set, opened and checked, and the reader that draws by domain weight.
+
+    data/NAME/meta.json           format, tokenizer, vocab_size, eot, dtype, options; tokens, documents, bytes by split
+    data/NAME/<domain>/train.bin  and val.bin, test.bin: little-endian uint16 (uint32 where the vocabulary is larger
+                                  than 65,536), an eot token after each document
+
+`bytes` counts the UTF-8 bytes of the text that a split's tokens stand for (eot: 0), so a loss in nats a token is
+loss * tokens / bytes / ln 2 bits a byte, which can be compared between tokenizers.
+"""
+
+import difflib
+import json
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = 1  # of the data set on disk; a reader refuses any other
+SPLITS = ("train", "val", "test")
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+class TokenData:
+    """A prepared data set, opened and checked; the files are mapped, not read.
+
+    path         its folder                              domains     names, sorted or in the order asked for
+    meta         meta.json                               vocab_size  largest id + 1
+    tokenizer    for load_tokenizer()                    eot         id of the token after each document
+
+    `domains` restricts it to some domains, in that order. Raises ValueError for whatever is wrong with the files.
+    """
+
+    def __init__(self, path: Path | str, domains: list[str] | None = None):
+        self.path = Path(path)
+        try:
+            self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            if self.meta["format"] != FORMAT:
+                raise ValueError(f"format {self.meta['format']}, not {FORMAT}: delete it and prepare it again")
+            self.tokenizer, self.vocab_size, self.eot = (self.meta[k] for k in ("tokenizer", "vocab_size", "eot"))
+            dtype = DTYPES[self.meta["dtype"]]
+            counts = {d: {s: self.meta["domains"][d][s]["tokens"] for s in SPLITS} for d in self.meta["domains"]}
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.path}: no data set there (no meta.json); first run "
+                f"`python prepare_data.py installed --out {self.path}`, or with a folder of text for installed"
+            ) from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.path / 'meta.json'}: not a data set's: {error} is missing or unknown") from None
+        except ValueError as error:
+            raise ValueError(f"{self.path / 'meta.json'}: {error}") from None
+        self.domains = sorted(counts) if domains is None else list(domains)
+        for domain in self.domains:
+            if domain not in counts:
+                near = difflib.get_close_matches(domain, counts, n=1)
+                hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(counts))}"
+                raise ValueError(f"{self.path}: no domain {domain}{hint}")
+        if not self.domains or len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"{self.path}: the domains asked for must be at least one, each once: {self.domains}")
+        self._tokens = {(d, s): self._open(d, s, counts[d][s], dtype) for d in self.domains for s in SPLITS}
+
+    def _open(self, domain: str, split: str, n_tokens: int, dtype: np.dtype) -> np.memmap:
+        file = self.path / domain / f"{split}.bin"
+        size = file.stat().st_size if file.is_file() else 0
+        if size != n_tokens * dtype.itemsize or not size:
+            raise ValueError(
+                f"{file}: {size:,} bytes where meta.json says {n_tokens:,} {self.meta['dtype']} tokens; "
+                f"it is damaged: delete {self.path} and prepare it again"
+            )
+        tokens = np.memmap(file, dtype, mode="r")
+        for start in np.linspace(0, max(0, n_tokens - 4096), 16, dtype=np.int64):  # a sample: 16 reads, however large
+            if (largest := int(tokens[start : start + 4096].max())) >= self.vocab_size:
+                raise ValueError(f"{file}: token {largest} is outside the vocabulary of {self.vocab_size}: damaged")
+        return tokens
+
+    def tokens(self, domain: str, split: str) -> np.memmap:
+        """All tokens of a split, (n,), uint16 or uint32."""
+        return self._tokens[domain, split]
+
+    def sequences(self, domain: str, split: str, seq_len: int) -> int:
+        """How many sequences of T = seq_len inputs there are; sequence i is tokens[i*T : i*T + T + 1]."""
+        return (len(self._tokens[domain, split]) - 1) // seq_len
+
+    def bytes_per_token(self, domain: str, split: str) -> float:
+        """UTF-8 bytes of text a token; bits a byte = loss in nats / ln 2 / this."""
+        counts = self.meta["domains"][domain][split]
+        return counts["bytes"] / counts["tokens"]
+
+    def read(self, domain: str, split: str, seq_len: int, indices: np.ndarray) -> np.ndarray:
+        """The sequences with these numbers, int64 (len(indices), T+1)."""
+        tokens, rows = self._tokens[domain, split], np.empty((len(indices), seq_len + 1), np.int64)
+        for row, i in zip(rows, indices, strict=True):
+            row[:] = tokens[int(i) * seq_len : int(i) * seq_len + seq_len + 1]
+        return rows
+
+    def eval_sequences(self, domain: str, split: str, seq_len: int, n: int = 0) -> np.ndarray:
+        """int64 (n, T+1): `n` sequences evenly spread over the split; all of them when n is 0 or more than there are.
+
+        Raises ValueError when the split is shorter than one sequence.
+        """
+        total = self.sequences(domain, split, seq_len)
+        if total == 0:
+            raise ValueError(
+                f"{self.path}: {split} of domain {domain} has {len(self._tokens[domain, split]):,} tokens, too few for "
+                f"one sequence of {seq_len}; use shorter sequences or prepare it with more --held_out"
+            )
+        n = min(n, total) or total
+        return self.read(domain, split, seq_len, np.arange(n) * total // n)
+
+
+class BatchReader:
+    """Batches of training sequences, each sequence's domain drawn from the weights of the moment (DESIGN 2.7).
+
+    A domain's sequences come in the order of a permutation keyed by (seed, domain, epoch): none comes back before all
+    have come. What a batch holds follows from (seed, step, weights) and one counter a domain, which is all the state.
+    """
+
+    def __init__(self, data: TokenData, seq_len: int, batch_size: int, seed: int):
+        self.data, self.seq_len, self.batch_size, self.seed = data, seq_len, batch_size, seed
+        self.totals = [data.sequences(domain, "train", seq_len) for domain in data.domains]
+        self.counts = [0] * len(data.domains)  # sequences drawn so far
+        self._orders = {}  # domain index -> (epoch, permutation)
+        for domain, total in zip(data.domains, self.totals, strict=True):
+            if total == 0:
+                raise ValueError(f"{data.path}: train of domain {domain} is shorter than one sequence of {seq_len}")
+
+    def next(self, step: int, weights: np.ndarray, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 (b, T+1) and domain indices int64 (b,) of `rows` of the global batch of this step.
+
+        weights: (n domains,), summing to 1; 0 means never. Every rank must call it with the same step and weights:
+        all rows are counted, `rows` are read. Raises ValueError for weights that are no distribution.
+        """
+        weights = np.asarray(weights, np.float64)
+        if weights.shape != (len(self.totals),) or not (weights >= 0).all() or not abs(weights.sum() - 1) < 1e-3:
+            names = ", ".join(self.data.domains)
+            raise ValueError(
+                f"domain weights must be {len(self.totals)} numbers >= 0 that sum to 1, for {names}: {weights}"
+            )
+        rng = np.random.default_rng([self.seed, step])
+        domains = rng.choice(len(weights), size=self.batch_size, p=weights / weights.sum())
+        sequences = np.array([self._advance(d) for d in domains], np.int64)
+        domains, sequences = domains[rows], sequences[rows]
+        tokens = np.empty((len(domains), self.seq_len + 1), np.int64)
+        for d in np.unique(domains):
+            mine = domains == d
+            tokens[mine] = self.data.read(self.data.domains[d], "train", self.seq_len, sequences[mine])
+        return tokens, domains
+
+    def _advance(self, d: int) -> int:
+        """Number of the next sequence of domain d."""
+        epoch, i = divmod(self.counts[d], self.totals[d])
+        if self._orders.get(d, (None,))[0] != epoch:
+            # The last 1 sets this stream apart from those of `next`: numpy takes [s, t] and [s, t, 0] for the same key.
+            rng = np.random.default_rng([self.seed, int(d), epoch, 1])
+            self._orders[d] = epoch, rng.permutation(np.arange(self.totals[d], dtype=np.uint32))
+        self.counts[d] += 1
+        return int(self._orders[d][1][i])
+
+    def tokens_seen(self) -> dict[str, int]:
+        """Training tokens drawn so far, by domain."""
+        return {domain: n * self.seq_len for domain, n in zip(self.data.domains, self.counts, strict=True)}
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        return {"sequences": dict(zip(self.data.domains, self.counts, strict=True))}
+
+    def load_state_dict(self, state: dict[str, dict[str, int]]):
+        """Go on where state_dict() was taken. Raises ValueError when the domains are others."""
+        if set(state["sequences"]) != set(self.data.domains):
+            raise ValueError(
+                f"{self.data.path}: the checkpoint was made with the domains {', '.join(sorted(state['sequences']))}, "
+                f"the data has {', '.join(self.data.domains)}"
+            )
+        self.counts = [int(state["sequences"][domain]) for domain in self.data.domains]

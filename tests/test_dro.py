@@ -1,0 +1,209 @@
+"""Domain weights: against the published code's numbers, a general convex solver, and what must hold at the edges."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.optimize import LinearConstraint, NonlinearConstraint, minimize
+
+from dro import Mixture, chi2, dro_weights, sheared_weights, update_ratio
+
+
+def random_case(rng):
+    n = rng.integers(2, 10)
+    p = rng.dirichlet(np.full(n, 2.0)) * 0.9 + 0.1 / n
+    return 2 + rng.standard_normal(n), 1.5 + 0.5 * rng.standard_normal(n), p
+
+
+def test_dro_weights_equal_the_published_code(upstream):
+    for i, case in enumerate(upstream["dro"]):
+        q = dro_weights(case["losses"], case["reference"], case["ratio"], case["rho"], case["min_ratio"])
+        if i != 13:
+            assert q == pytest.approx(case["q"], abs=1e-8)
+    case = upstream["dro"][13]  # rho out of reach: the original does not move, where it matters most
+    assert case["q"] == pytest.approx(case["ratio"])
+    q = dro_weights(case["losses"], case["reference"], case["ratio"], case["rho"], case["min_ratio"])
+    p = np.array(case["ratio"])
+    assert q == pytest.approx(p * [1 / p[0], 0.2] / (1 + 0.2 * p[1]))
+
+
+def test_sheared_weights_and_ratio_equal_the_published_code(upstream):
+    for case in upstream["sheared"]:
+        assert sheared_weights(case["weights"], case["losses"], case["reference"]) == pytest.approx(
+            case["q"], abs=1e-10
+        )
+    for case in upstream["ratio"]:
+        ratio = case["initial"]
+        for q, expected in zip(case["qs"], case["ratios"]):
+            ratio = update_ratio(ratio, q, case["initial"])
+            assert ratio == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("rho", [0.01, 0.1, 0.5])
+def test_without_a_floor_it_is_the_argmax_a_general_solver_finds(rho):
+    rng = np.random.default_rng(0)
+    for _ in range(15):
+        losses, reference, p = random_case(rng)
+        excess = losses - reference
+        q = dro_weights(losses, reference, p, rho, floor=0.0)
+        best = minimize(
+            lambda q, e=excess: -q @ e,
+            p,
+            jac=lambda q, e=excess: -e,
+            hess=lambda q: np.zeros((len(q), len(q))),
+            bounds=[(0, 1)] * len(p),
+            constraints=[
+                LinearConstraint(np.ones(len(p)), 1, 1),
+                NonlinearConstraint(
+                    lambda q, p=p: chi2(q, p),
+                    0,
+                    rho,
+                    jac=lambda q, p=p: q / p - 1,
+                    hess=lambda q, v, p=p: v[0] * np.diag(1 / p),
+                ),
+            ],
+            method="trust-constr",
+            options={"gtol": 1e-10, "xtol": 1e-12, "maxiter": 2000},
+        )
+        assert chi2(q, p) <= rho + 1e-9
+        assert -best.fun - 1e-5 < q @ excess < -best.fun + 1e-4  # feasible and not worse
+        assert q == pytest.approx(best.x, abs=5e-3)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("rho", [0.001, 0.1, 2.0])
+def test_dro_weights_always_hold_their_promises(rho, floor):
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        losses, reference, p = random_case(rng)
+        q = dro_weights(losses, reference, p, rho, floor)
+        assert q.sum() == pytest.approx(1) and (q >= 0).all()
+        assert chi2(q, p) <= rho + 1e-9
+        order = np.argsort(losses - reference)
+        assert (np.diff((q / p)[order]) >= -1e-12).all()  # the larger the excess, the larger the share
+        if floor:
+            assert (q / p).min() >= floor / (1 + floor) - 1e-12
+        shifted = dro_weights(losses + 7, reference, p, rho, floor)
+        assert shifted == pytest.approx(q, abs=1e-9)  # negative excesses are no special case
+        if q[np.argmax(losses - reference)] < 0.99 * p.sum() and chi2(q, p) < rho * (1 - 1e-6):
+            extreme = np.where(losses - reference == (losses - reference).max(), 1 / p, 0)
+            best = p * np.maximum(extreme, floor)
+            assert q == pytest.approx(best / best.sum(), abs=1e-6)  # inside the ball only where there is no further
+
+
+def test_edges():
+    p = np.array([0.5, 0.3, 0.2])
+    assert dro_weights([2, 2, 2], [1, 1, 1], p) == pytest.approx(p)
+    assert dro_weights([2, 3, 1], [1, 1, 1], p, rho=0) == pytest.approx(p)
+    assert dro_weights([3, 1, 1], [1, 1, 1], p, rho=50, floor=0) == pytest.approx([1, 0, 0])
+    assert dro_weights([3, 3, 1], [1, 1, 1], p, rho=50, floor=0) == pytest.approx([5 / 8, 3 / 8, 0])  # a tie shares
+    assert dro_weights([2.0], [1.0], [1.0]) == pytest.approx([1.0])
+    nearly = dro_weights([2, 2 + 1e-9, 2 - 1e-9], [0, 0, 0], p)
+    assert np.isfinite(nearly).all() and chi2(nearly, p) <= 0.1 + 1e-9
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 1, 1], [np.inf, 1, 1]])
+def test_losses_that_are_not_finite_are_refused(bad):
+    p = [0.5, 0.3, 0.2]
+    for call in (lambda: dro_weights(bad, [1, 1, 1], p), lambda: sheared_weights(p, bad, [1, 1, 1])):
+        with pytest.raises(ValueError, match="not finite"):
+            call()
+    mixture = Mixture(["cpp", "books", "wiki"], p, "dro", [1, 1, 1])
+    with pytest.raises(ValueError, match="'cpp'"):
+        mixture.update(0.5, bad, [1, 1, 1], 1.0, [2, 2, 2], 1.0)
+    with pytest.raises(ValueError):
+        dro_weights([1, 1, 1], [1, 1, 1], [0.5, 0.5, 0.0])
+
+
+def test_sheared_as_in_the_paper_ignores_domains_below_their_reference():
+    w = sheared_weights([0.5, 0.5], [1.0, 3.0], [2.0, 2.0], smoothing=0, clip=True)
+    assert w == pytest.approx(np.array([1, np.e]) / (1 + np.e))
+    assert sheared_weights([0.5, 0.5], [1, 900], [2, 2])[1] == pytest.approx(1 - 0.5e-4)  # no overflow
+
+
+# -- a whole run ----------------------------------------------------------------------------------------------------
+
+
+def simulate(mixture, n=50, ends=(2.0, 1.5, 1.0), first=0, last=None):
+    """A run of n evaluations in which domain i falls along ends[i] + T^-0.4; returns what was logged."""
+    logged = []
+    for k in range(first, (n if last is None else last) + 1):
+        tokens = [int(1e5 * k / n) + 1] * 3
+        losses = [e + (t / 1e5) ** -0.4 * 0.3 for e, t in zip(ends, tokens)]
+        record = mixture.update(k / n, losses, tokens, 1e6, [1e5] * 3, 1e6)
+        logged.append((k / n, losses, json.loads(json.dumps(mixture.state)), record))
+    return logged
+
+
+P = [0.5, 0.3, 0.2]
+
+
+def test_constant_never_moves():
+    mixture = Mixture(["a", "b", "c"], P, "constant", [1, 1, 1])
+    assert all(s["weights"] == pytest.approx(P) for _, _, s, _ in simulate(mixture))
+
+
+def test_fixed_references_from_the_first_evaluation():
+    mixture = Mixture(["a", "b", "c"], P, "dro", [1.0, 1.0, 1.0])
+    for _, losses, state, record in simulate(mixture):
+        assert state["weights"] == pytest.approx(dro_weights(losses, [1, 1, 1], P))
+        assert state["reference"] == [1, 1, 1] and state["ratio"] == pytest.approx(P)
+        assert record["laws"] == [None] * 3
+
+
+def test_without_references_the_initial_ratio_until_there_is_a_prediction():
+    mixture = Mixture(["a", "b", "c"], P, "dro", dynamic_reference=True)
+    for progress, _, state, record in simulate(mixture):
+        predicted = record["laws"][0] is not None
+        assert predicted == (progress >= 0.22)  # a point an evaluation from .02 on: the 11th
+        if not predicted:
+            assert state["reference"] is None and state["weights"] == pytest.approx(P)
+        else:
+            assert state["reference"] == pytest.approx([2.3, 1.8, 1.3], abs=1e-3)  # where each will end
+
+
+def test_predictions_start_at_a_tenth_of_the_run_also_with_many_points():
+    mixture = Mixture(["a", "b", "c"], P, "dro", dynamic_reference=True)
+    first = next(p for p, _, _, record in simulate(mixture, n=200, last=30) if record["laws"][0])
+    assert first == pytest.approx(0.1)
+
+
+def test_the_reference_is_the_lowest_of_given_predicted_and_seen():
+    mixture = Mixture(["a", "b", "c"], P, "dro", [1.7, 9.0, 9.0], dynamic_reference=True)
+    progress, losses, state, record = simulate(mixture)[-1]
+    laws = [law.predict(1e5, 1e6) for law in record["laws"]]
+    assert state["reference"][0] == 1.7  # given and never beaten
+    assert state["reference"][1] <= min(laws[1], losses[1]) + 1e-12 and state["reference"][1] == pytest.approx(
+        1.8, abs=1e-3
+    )
+
+
+def test_a_domain_that_cannot_be_predicted_says_so_and_the_others_go_on():
+    mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True)
+    for k in range(1, 31):
+        record = mixture.update(k / 30, [2 + k**-0.5, 1 + 0.01 * k], [k, k], 1e6, [30, 30], 1e6)
+    assert record["laws"][0] is not None and record["no_prediction"] == [None, "the losses do not fall"]
+    assert mixture.state["reference"][1] == pytest.approx(1.01)  # the best it was seen at
+
+
+def test_dynamic_ratio_follows_the_weights_from_a_fifth_of_the_run():
+    mixture = Mixture(["a", "b", "c"], P, "dro", [1.0, 1.0, 0.9], dynamic_ratio=True)
+    ratio = np.array(P)
+    for progress, losses, state, _ in simulate(mixture):
+        q = dro_weights(losses, [1.0, 1.0, 0.9], ratio)
+        assert state["weights"] == pytest.approx(q)
+        if progress >= 0.2:
+            ratio = update_ratio(ratio, q, P)
+        assert state["ratio"] == pytest.approx(ratio)
+    assert np.abs(ratio - P).max() > 0.01 and (ratio / P).max() <= 2 + 1e-9 and (ratio / P).min() >= 0.5 - 1e-9
+
+
+def test_all_state_is_the_dict():
+    settings = dict(schedule="dro", dynamic_reference=True, dynamic_ratio=True)
+    whole = Mixture(["a", "b", "c"], P, **settings)
+    expected = simulate(whole)[-1][2]
+    half = Mixture(["a", "b", "c"], P, **settings)
+    simulate(half, last=25)
+    resumed = Mixture(["a", "b", "c"], P, **settings)
+    resumed.state = json.loads(json.dumps(half.state))  # as a checkpoint has it
+    assert simulate(resumed, first=26)[-1][2] == expected

@@ -1,0 +1,292 @@
+"""Gates, constraint and extraction: against the published code's numbers, sampling, autograd and the gated model."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from test_model import random_llama, relative
+
+from masks import (
+    LOG_ALPHA_MAX,
+    LOG_ALPHA_MIN,
+    HardConcrete,
+    PruningMasks,
+    describe,
+    extract,
+    kept_indices,
+    magnitude_scores,
+    random_scores,
+)
+from model import Gates, Llama, LlamaConfig
+
+SOURCE = LlamaConfig(61, 4, 24, 4, 4, 6, 40, 32)
+TARGET = replace(SOURCE, n_layer=2, d_model=14, n_head=2, n_kv_head=2, d_ffn=21)
+FIELDS = {"layer": ["n_layer"], "hidden": ["d_model"], "head": ["n_head", "n_kv_head"], "ffn": ["d_ffn"]}
+SUBSETS = [c for n in range(1, 5) for c in itertools.combinations(FIELDS, n)]
+
+
+def target_of(subset, source=SOURCE, full=TARGET):
+    """Only the named granularities pruned."""
+    return replace(source, **{f: getattr(full, f) for g in subset for f in FIELDS[g]})
+
+
+def random_masks(source, target, seed=0, low=-1.5, high=1.5):
+    """Gates whose deterministic values are fractional: about .15 to .85."""
+    masks = PruningMasks(source, target, 100)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for gates in masks.gates().values():
+            gates.log_alpha.copy_(low + (high - low) * torch.rand(gates.log_alpha.shape, generator=generator))
+    return masks
+
+
+# -- against the published code -------------------------------------------------------------------------------------
+
+
+def test_hard_concrete_equals_the_published_code(upstream):
+    for case in upstream["hard_concrete"]:
+        gates = HardConcrete((len(case["log_alpha"]),), case["keep"]).double()
+        gates.log_alpha.data = torch.tensor(case["log_alpha"], dtype=torch.float64)
+        for ours, name in (
+            (gates.prob_nonzero(), "prob_nonzero"),
+            (gates.deterministic(case["keep"]), "z_keep"),
+            (gates.deterministic(), "z_free"),
+            (gates.sample(torch.tensor(case["uniform"], dtype=torch.float64)), "z_sample"),
+        ):
+            expected = torch.tensor(case[name], dtype=torch.float64)
+            if name == "z_keep":  # which of several gates at the lower clamp goes is nobody's concern
+                ours, expected = ours.sort().values, expected.sort().values
+            torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+        assert 1 - gates.prob_nonzero().mean().item() == pytest.approx(case["sparsity"], abs=1e-10)
+        assert (gates.deterministic(case["keep"]) != 0).sum() == case["keep"]
+
+
+@pytest.fixture
+def upstream_model(upstream):
+    """The published code's small Llama with its gates, in our classes, float64."""
+    case = upstream["model"]
+    cfg, state = case["cfg"], {k: torch.tensor(v, dtype=torch.float64) for k, v in case["state"].items()}
+    heads, d = cfg["n_heads"], cfg["d_model"]
+    source = LlamaConfig(cfg["vocab_size"], cfg["n_layers"], d, heads, heads, d // heads, cfg["intermediate_size"], 64)
+    t = cfg["l0_module"]["target_model"]
+    target = replace(
+        source, n_layer=t["n_layers"], d_model=t["d_model"], n_head=t["n_heads"], n_kv_head=t["n_heads"],
+        d_ffn=t["intermediate_size"],
+    )  # fmt: skip
+    llama, masks = Llama(source).double(), PruningMasks(source, target, 100).double()
+    theirs = {"layer": "layer", "hidden": "hidden", "head": "head", "ffn": "intermediate"}
+    for granularity, name in theirs.items():
+        getattr(masks, granularity).log_alpha.data = state[f"l0_module.masks.{name}.z_loga"]
+        lam, phi = masks.multipliers[granularity]
+        lam.data, phi.data = state[f"l0_module.lambdas.lambda_1_{name}"], state[f"l0_module.lambdas.lambda_2_{name}"]
+    names = {"attn.wq": "self_attn.q_proj", "attn.wk": "self_attn.k_proj", "attn.wv": "self_attn.v_proj"}
+    names |= {"attn.out_proj": "self_attn.o_proj", "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
+    weights = {}
+    for name, value in state.items():
+        if name.startswith("transformer.blocks."):
+            i, part = name.removeprefix("transformer.blocks.").removesuffix(".weight").split(".", 1)
+            weights[f"layers.{i}.{names.get(part, part)}.weight"] = value
+    weights["embed_tokens.weight"] = state["transformer.wte.weight"]
+    weights["norm.weight"], weights["lm_head.weight"] = (
+        state["transformer.ln_f.weight"],
+        state["transformer.output.weight"],
+    )
+    llama.load_state_dict(weights)
+    return case, llama, masks
+
+
+def test_gated_logits_equal_the_published_code(upstream_model):
+    case, llama, masks = upstream_model
+    z = masks.deterministic()
+    logits, expected = llama(torch.tensor(case["tokens"]), z), torch.tensor(case["logits"], dtype=torch.float64)
+    assert relative(logits, expected) < 1e-6  # it has rotary angles in float32
+    assert relative(extract(llama, masks)(torch.tensor(case["tokens"])), logits) < 1e-10
+
+
+def test_lagrangian_equals_the_published_code(upstream_model):
+    case, _, masks = upstream_model
+    loss, stats = masks.lagrangian(case["step"])
+    assert loss.item() == pytest.approx(case["lagrangian"], abs=1e-10)
+    for granularity, name in {"layer": "layer", "hidden": "hidden", "head": "head", "ffn": "intermediate"}.items():
+        assert stats[granularity]["sparsity"].item() == pytest.approx(
+            case["info"][f"expected_{name}_sparsity"], abs=1e-10
+        )
+        assert stats[granularity]["target_sparsity"] == pytest.approx(
+            case["info"][f"target_{name}_sparsity"], abs=1e-10
+        )
+
+
+# -- the distribution -----------------------------------------------------------------------------------------------
+
+
+def test_expected_sparsity_is_the_samplers():
+    gates = HardConcrete((9,), 4).double()
+    gates.log_alpha.data = torch.linspace(-4.6, 4.6, 9, dtype=torch.float64)
+    u = torch.rand(200_000, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = gates.sample(u)
+    p, n = gates.prob_nonzero().detach(), len(u)
+    deviation = (p * (1 - p) / n).sqrt()
+    assert ((z != 0).double().mean(0) - p).abs().div(deviation).max() < 4.5
+    assert ((z == 1).any(0)).all() and z.min() == 0 and z.max() == 1  # real mass at both ends
+    # the clipped density in between is continuous: its distribution function against the closed form
+    for level in (0.2, 0.5, 0.8):
+        x = torch.tensor((level + 0.1) / 1.2, dtype=torch.float64)
+        cdf = torch.sigmoid(2 / 3 * torch.logit(x) - gates.log_alpha.detach())
+        assert ((z <= level).double().mean(0) - cdf).abs().max() < 4.5 * 0.5 / n**0.5
+
+
+def test_gradient_of_a_sampled_gate_is_autograds_of_the_closed_form():
+    gates = HardConcrete((50,), 20).double()
+    gates.log_alpha.data = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u = torch.rand(50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    z = gates.sample(u)
+    z.sum().backward()
+    s = torch.sigmoid((torch.logit(u) + gates.log_alpha.detach()) * 1.5)
+    inside = (z > 0) & (z < 1)
+    assert inside.sum() > 5
+    torch.testing.assert_close(gates.log_alpha.grad, torch.where(inside, 1.2 * 1.5 * s * (1 - s), 0.0))
+
+
+def test_noise_is_keyed_by_seed_step_and_micro_batch():
+    masks = random_masks(SOURCE, TARGET)
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    samples = [masks.sample(*key).ffn for key in keys]
+    assert torch.equal(samples[0], masks.sample(0, 0, 0).ffn)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(samples, 2))
+
+
+def test_expected_params_are_those_of_sampled_models():
+    """Each granularity's gates are independent, so the expectation is a product: check it by counting samples."""
+    gqa = replace(SOURCE, n_kv_head=2)
+    masks = random_masks(gqa, target_of(FIELDS, gqa, replace(TARGET, n_head=2, n_kv_head=1)), low=-3, high=3)
+    counts = []
+    for step in range(3000):
+        z = masks.sample(0, step, 0)
+        d, layer = (z.hidden != 0).sum(), z.layer != 0
+        attention = 2 * d * (z.head != 0).sum(1) * (2 + 1) * gqa.head_dim
+        counts.append((layer * (attention + 3 * d * (z.ffn != 0).sum(1) + 2 * d)).sum() + 2 * gqa.vocab_size * d + d)
+    counts = torch.stack(counts).double()
+    assert abs(counts.mean() - masks.expected_params()) < 4 * counts.std() / len(counts) ** 0.5
+    decided = PruningMasks(gqa, gqa, 0)
+    assert decided.gates() == {} and decided.expected_params() == gqa.n_params()
+
+
+# -- extraction -----------------------------------------------------------------------------------------------------
+
+
+def check_extraction(source, target, seed=0, masks=None):
+    llama = random_llama(source, seed)
+    masks = masks or random_masks(source, target, seed)
+    tokens = torch.randint(source.vocab_size, (2, 16))
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        llama, masks = llama.to(dtype), masks.to(dtype)
+        small = extract(llama, masks)
+        assert small.config == target
+        assert sum(p.numel() for p in small.parameters()) == target.n_params()
+        gated = llama(tokens, masks.deterministic())
+        assert relative(small(tokens), gated) < tolerance
+    assert relative(llama(tokens), gated) > 0.05  # the gates did something
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("kind", ["mha", "gqa", "tied"])
+def test_extracted_equals_gated_for_fractional_gates(subset, kind):
+    source, full = SOURCE, TARGET
+    if kind == "gqa":
+        source, full = replace(source, n_kv_head=2), replace(full, n_head=2, n_kv_head=1)
+    source = replace(source, tie_embeddings=kind == "tied")
+    check_extraction(source, target_of(subset, source, full))
+
+
+def test_extracted_equals_gated_with_a_head_dim_of_its_own():
+    source = replace(SOURCE, head_dim=10)
+    check_extraction(source, target_of(FIELDS, source))
+
+
+def test_extracted_equals_gated_when_whole_layers_and_all_heads_of_a_layer_are_gone():
+    """The gated model must cope with any zeros, also more than the target asks for."""
+    llama = random_llama(SOURCE).double()
+    tokens = torch.randint(SOURCE.vocab_size, (2, 16))
+    z = random_masks(SOURCE, target_of(["hidden"])).double().deterministic()
+    one, zero = torch.ones(4, 4, dtype=torch.float64), torch.tensor([1.0, 0.7, 0.0, 1.0], dtype=torch.float64)
+    one[1] = 0  # layer 1: no head left, its attention block writes nothing
+    gated = llama(tokens, Gates(layer=zero, hidden=z.hidden, head=one))
+    llama.layers[1].self_attn.o_proj.weight.data.zero_()
+    llama.layers[2].self_attn.o_proj.weight.data.zero_()
+    llama.layers[2].mlp.down_proj.weight.data.zero_()
+    llama.layers[1].mlp.down_proj.weight.data *= 0.7
+    assert relative(llama(tokens, Gates(hidden=z.hidden)), gated) < 1e-12
+
+
+def test_exported_logits_in_transformers_are_the_gated_ones(tmp_path):
+    source = replace(SOURCE, n_kv_head=2, tie_embeddings=True)
+    target = target_of(FIELDS, source, replace(TARGET, n_head=2, n_kv_head=1))
+    llama, masks = random_llama(source), random_masks(source, target)
+    extract(llama, masks).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(source.vocab_size, (2, 16))
+    with torch.no_grad():
+        assert relative(theirs(tokens).logits, llama(tokens, masks.deterministic())) < 1e-5
+
+
+def test_norm_of_a_gated_model_sees_survivors_only():
+    """With 0/1 gates: the mean square is over the kept dimensions, not over all."""
+    llama = random_llama(SOURCE).double()
+    z = (torch.arange(24) % 3 != 0).double()
+    x = torch.randn(2, 5, 24, dtype=torch.float64) * z
+    norm = llama.layers[0].input_layernorm
+    kept = x[..., z == 1]
+    expected = kept / (kept.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight[z == 1]
+    torch.testing.assert_close(norm(x, z)[..., z == 1], expected)
+
+
+def test_what_was_kept_is_described(tmp_path):
+    masks = random_masks(SOURCE, TARGET)
+    kept, z, text = kept_indices(masks), masks.deterministic(), describe(masks)
+    assert {g: tuple(k.shape) for g, k in kept.items()} == {
+        "layer": (2,),
+        "hidden": (14,),
+        "head": (4, 2),
+        "ffn": (4, 21),
+    }
+    for granularity in FIELDS:
+        gates = getattr(z, granularity)
+        assert torch.equal(gates.nonzero()[:, -1], kept[granularity].flatten())
+        assert text[granularity]["kept"] == kept[granularity].tolist()
+        torch.testing.assert_close(torch.tensor(text[granularity]["gates"]).flatten(), gates[gates != 0])
+    assert text["source"]["n_layer"] == 4 and text["target"]["n_layer"] == 2
+
+
+IMPOSSIBLE = {
+    "larger": (dict(n_layer=5), "n_layer = 5 is larger than the source's 4"),
+    "wider": (dict(d_model=25), "d_model = 25"),
+    "head_dim": (dict(head_dim=4), "head_dim"),
+    "half a group": (dict(n_head=3, n_kv_head=2), None),
+    "other group size": (dict(n_head=2, n_kv_head=2), "KV groups go whole"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_targets_that_cannot_be_are_refused(name):
+    change, words = IMPOSSIBLE[name]
+    source = replace(SOURCE, n_kv_head=2)
+    with pytest.raises(ValueError, match=words):
+        PruningMasks(source, replace(source, **change), 0)
+
+
+def test_choices_that_are_not_learned():
+    llama, masks = random_llama(SOURCE), PruningMasks(SOURCE, TARGET, 0)
+    with torch.no_grad():  # layer 2, hidden 5, head (1, 3) and ffn (0, 7) made by far the heaviest
+        llama.layers[2].mlp.up_proj.weight *= 90
+        llama.embed_tokens.weight[:, 5] = 50
+        llama.layers[1].self_attn.q_proj.weight[18:24] = 20
+        llama.layers[0].mlp.down_proj.weight[:, 7] = 20
+    masks.choose_(magnitude_scores(llama))
+    kept = kept_indices(masks)
+    assert 2 in kept["layer"] and 5 in kept["hidden"] and 3 in kept["head"][1] and 7 in kept["ffn"][0]
+    for gates in masks.gates().values():
+        assert gates.log_alpha.unique().tolist() == pytest.approx([LOG_ALPHA_MIN, LOG_ALPHA_MAX])
+    one, two = (random_scores(masks, seed) for seed in (1, 2))
+    assert not torch.equal(one.ffn, two.ffn) and torch.equal(one.ffn, random_scores(masks, 1).ffn)

@@ -1,0 +1,339 @@
+"""One loop, three stages: it learns, it hits the target, it goes on bit for bit, and mistakes end in one line."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import train
+from data import TokenData
+from eval import domain_losses, load_model
+from masks import PruningMasks
+from model import Llama, LlamaConfig
+from settings import fields, load
+from train import Settings
+
+ROOT = Path(__file__).parent.parent
+SHAPE = "--n_layer=3 --d_model=32 --n_head=4 --d_ffn=48 --seq_len=64 --batch_size=4 --lr=3e-3 --threads=1".split()
+SHAPE += "--eval_sequences=4 --eval_interval=10 --log_interval=5 --save_interval=10".split()
+TARGET = "--target_n_layer=2 --target_d_model=24 --target_n_head=2 --target_d_ffn=32".split()
+GATES = "--gate_lr=1.0 --multiplier_lr=0.1 --log_alpha=3.0 --phi=200.0 --sparsity_warmup=20".split()
+ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=2".split()
+
+
+def run(monkeypatch, *args):
+    """train.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *SHAPE, *map(str, args)])
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train.main()
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def metrics(out: Path, kind=None) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind is None or line["type"] == kind]
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "seconds")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def chain(tiny_data, tmp_path_factory):
+    """out directories of the three stages, each a short run: pretrain 60, prune 60, continue 40 steps."""
+    top, patch = tmp_path_factory.mktemp("chain"), pytest.MonkeyPatch()
+    out = {stage: top / stage for stage in ("pretrain", "prune", "continue")}
+    common = {stage: [f"--data={tiny_data}", f"--out={out[stage]}"] for stage in out}
+    args = {
+        "pretrain": [*common["pretrain"], "--steps=60"],
+        "prune": [*common["prune"], "--steps=60", f"--init_from={out['pretrain']}", *TARGET, *GATES, *ROBUST,
+                  f"--reference_model={out['pretrain']}", "--micro_batch=2"],
+        "continue": [*common["continue"], "--steps=40", f"--init_from={out['prune']}", *ROBUST],
+    }  # fmt: skip
+    assert [run(patch, *args[stage]) for stage in out] == [0, 0, 0]
+    patch.undo()
+    return out, args
+
+
+def test_pretraining_learns(chain, tiny_data):
+    evals = metrics(chain[0]["pretrain"], "eval")
+    first, last = (np.mean(list(e["loss"].values())) for e in (evals[0], evals[-1]))
+    assert first == pytest.approx(math.log(257), abs=0.1) and last < first - 1.5
+
+
+def test_validation_losses_are_transformers(chain, tiny_data):
+    """The per-domain loss of metrics.jsonl, by the library's own loss on the model/ directory."""
+    for stage in chain[0]:
+        data, model = TokenData(tiny_data), chain[0][stage] / "model"
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+        assert not any(info.values())
+        for domain, loss in metrics(chain[0][stage], "end")[0]["loss"].items():
+            tokens = torch.from_numpy(data.eval_sequences(domain, "val", 64, 4))
+            with torch.no_grad():
+                expected = theirs(tokens, labels=tokens).loss.item()
+            assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_pruning_ends_at_the_target(chain):
+    out = chain[0]["prune"]
+    last = metrics(out, "train")[-1]
+    assert set(last["sparsity"]) == {"layer", "hidden", "head", "ffn"}
+    for granularity, sparsity in last["sparsity"].items():
+        assert sparsity == pytest.approx(last["target_sparsity"][granularity], abs=0.01)
+    config = Llama.from_pretrained(out / "model").config
+    assert (config.n_layer, config.d_model, config.n_head, config.n_kv_head, config.d_ffn) == (2, 24, 2, 2, 32)
+    assert config.head_dim == 8
+    kept = json.loads((out / "model" / "pruning.json").read_text())
+    assert len(kept["layer"]["kept"]) == 2 and len(kept["hidden"]["kept"]) == 24
+    assert [len(row) for row in kept["ffn"]["kept"]] == [32] * 3
+    # what metrics.jsonl says of the extracted model is what the checkpoint of the gated one gives
+    assert load_model(out / "checkpoints" / "step_000060").config == config
+
+
+def test_constraint_and_cross_entropy_are_kept_apart(chain):
+    """lambda and phi ascend, log_alpha follows; what is logged as loss is cross entropy alone."""
+    lines = metrics(chain[0]["prune"], "train")
+    assert all(line["phi"]["ffn"] > 200 for line in lines)  # phi's gradient is a square
+    for line in lines:
+        weighted = sum(line["domain_loss"][d] is not None for d in line["domain_loss"])
+        assert weighted and min(filter(None, line["domain_loss"].values())) - 1e-6 <= line["loss"]
+        assert line["loss"] <= max(filter(None, line["domain_loss"].values())) + 1e-6
+
+
+def test_domain_weights_follow_the_evaluations(chain):
+    evals = metrics(chain[0]["prune"], "eval")
+    assert len(evals) == 31 and evals[0]["step"] == 0
+    assert evals[0]["reference"] == pytest.approx(metrics(chain[0]["pretrain"], "end")[0]["loss"], rel=1e-5)
+    assert any(e["weights"] != evals[0]["weights"] for e in evals)
+    assert evals[-1]["ratio"] != evals[0]["ratio"]
+    assert any(any(p for p in e["prediction"].values()) and e["curve"] for e in evals)
+    for e in evals:
+        assert sum(e["weights"].values()) == pytest.approx(1)
+    # the very next training line bears the weights of the evaluation before it
+    lines = metrics(chain[0]["prune"])
+    for line in (x for x in lines if x["type"] == "train"):
+        before = [e for e in evals if e["step"] < line["step"]][-1]
+        assert line["weights"] == before["weights"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "prune", "continue"])
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(chain, stage, tmp_path, monkeypatch):
+    out, args = chain
+    mine = [f"--out={tmp_path / 'again'}" if a.startswith("--out=") else a for a in args[stage]]
+    steps = int(next(a for a in args[stage] if a.startswith("--steps=")).split("=")[1])
+    assert run(monkeypatch, *mine, f"--stop_at={steps // 2 + 3}") == 0  # between evaluations, saves and log lines
+    assert not (tmp_path / "again" / "model").exists()
+    with open(tmp_path / "again" / "metrics.jsonl", "a") as file:
+        file.write('{"type": "train", "torn')  # it died while it wrote
+    assert run(monkeypatch, *mine) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / "model" / name).read_bytes() == (out[stage] / "model" / name).read_bytes()
+    assert without_times(metrics(tmp_path / "again"))[1:] == without_times(metrics(out[stage]))[1:]
+
+
+def test_two_runs_with_one_seed_are_identical_and_with_another_not(chain, tmp_path, monkeypatch):
+    out, args = chain
+    models = {}
+    for name, extra in (("same", []), ("other", ["--seed=1"])):
+        mine = [f"--out={tmp_path / name}" if a.startswith("--out=") else a for a in args["prune"]]
+        assert run(monkeypatch, *mine, *extra) == 0
+        models[name] = (tmp_path / name / "model" / "model.safetensors").read_bytes()
+    assert models["same"] == (out["prune"] / "model" / "model.safetensors").read_bytes() != models["other"]
+    assert without_times(metrics(tmp_path / "same"))[1:] == without_times(metrics(out["prune"]))[1:]
+
+
+def test_micro_batches_change_nothing_but_rounding(tiny_data, tmp_path, monkeypatch):
+    losses = []
+    for micro in (0, 1, 2):
+        out = tmp_path / str(micro)
+        assert run(monkeypatch, f"--data={tiny_data}", f"--out={out}", "--steps=10", f"--micro_batch={micro}") == 0
+        losses.append([line["loss"] for line in metrics(out, "train")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["random", "magnitude"])
+def test_a_choice_that_is_not_learned_trains_a_dense_model_of_the_target_shape(chain, how, tmp_path, monkeypatch):
+    args = [f"--out={tmp_path / how}" if a.startswith("--out=") else a for a in chain[1]["prune"]]
+    assert run(monkeypatch, *args, f"--gates={how}", "--steps=4") == 0
+    assert Llama.from_pretrained(tmp_path / how / "model").config.shape == {
+        "n_layer": 2, "d_model": 24, "n_head": 2, "n_kv_head": 2, "head_dim": 8, "d_ffn": 32,
+    }  # fmt: skip
+
+
+SCHEDULES = {
+    "constant": "--schedule=constant",
+    "sheared": "--schedule=sheared --reference_model=SOURCE",
+    "fixed dro": "--schedule=dro --reference_losses={'animals':2,'brackets':1.0,'sums':1.5}",
+    "dynamic reference": "--schedule=dro --dynamic_reference=True",
+    "dynamic ratio": "--schedule=dro --dynamic_ratio=True --reference_model=SOURCE",
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_each_schedule_runs_alone(chain, name, tiny_data, tmp_path, monkeypatch):
+    options = SCHEDULES[name].replace("SOURCE", str(chain[0]["pretrain"])).split()
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", f"--init_from={chain[0]['prune']}", "--steps=16"]
+    assert run(monkeypatch, *args, "--eval_interval=1", *options) == 0
+    evals = metrics(tmp_path / "x", "eval")
+    moved = any(e["weights"] != evals[0]["ratio"] for e in evals)
+    assert moved == (name != "constant")
+
+
+def test_bfloat16_runs(chain, tiny_data, tmp_path, monkeypatch):
+    args = [a for a in chain[1]["prune"] if not a.startswith("--out=")] + [f"--out={tmp_path / 'bf16'}"]
+    assert run(monkeypatch, *args, "--dtype=bfloat16", "--steps=6") == 0
+    half, full = (metrics(o, "eval")[1]["loss"]["sums"] for o in (tmp_path / "bf16", chain[0]["prune"]))
+    assert half == pytest.approx(full, rel=0.05) and half != full
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_data, tmp_path, monkeypatch):
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=20", "--save_interval=2"]
+    assert run(monkeypatch, *args, "--stop_at=4") == 0
+    whole = train.Llama.forward
+
+    def poisoned(self, tokens, z=None, targets=None, cache=None):
+        loss = whole(self, tokens, z, targets, cache)
+        return loss * math.nan if torch.is_grad_enabled() else loss
+
+    monkeypatch.setattr(train.Llama, "forward", poisoned)
+    message = run(monkeypatch, *args)
+    assert "step 4" in message and "not finite" in message and re.search("animals|brackets|sums", message)
+    assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tiny_data, tmp_path):
+    command = [sys.executable, "train.py", *SHAPE, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (tmp_path / "x" / "checkpoints" / "step_000010").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command goes on" in out and not err.strip()
+    step = int(re.search(r"stopped after step (\d+)", out)[1])
+    assert (tmp_path / "x" / "checkpoints" / f"step_{step:06d}" / "state.json").exists()
+    assert len(list((tmp_path / "x" / "checkpoints").iterdir())) <= 2
+
+
+MISTAKES = {
+    "misspelt key": (["--stesp=3"], "unknown setting 'stesp', did you mean 'steps'?"),
+    "wrong type": (["--steps=many"], "--steps: steps: only literals"),
+    "float for int": (["--steps=1.5"], "1.5 is a number, a whole number is needed"),
+    "no value": (["--compile"], "a value is needed, as in --compile=VALUE"),
+    "unknown choice": (["--schedule=droo"], "'droo' is not one of 'constant', 'sheared', 'dro'"),
+    "two at once": (["--steps=0", "--floor=2.0"], "steps = 0 must be at least 1; floor = 2.0 must be below 1"),
+    "no such config": (["config/toy_prun.py"], "config/toy_prun.py: no such config file; there are config/"),
+    "no data": (["--data=data/nothing"], "data/nothing: no data set there"),
+    "misspelt domain": (["--domains=['animal']"], "no domain animal, did you mean animals?"),
+    "ratio": (["--ratio={'animals': 1.0}"], "ratio must name the domains animals, brackets, sums"),
+    "nothing to prune": (["--target_n_layer=1"], "set init_from"),
+    "no such model": (["--init_from=out/nothing"], "out/nothing: no such model or run"),
+    "micro batch": (["--micro_batch=3"], "batch_size = 4 must be a multiple of micro_batch = 3"),
+    "sheared without references": (["--schedule=sheared"], "needs references"),
+    "device": (["--device=cuda"], "no CUDA device"),
+    "resume": (["--resume=out/nothing"], "resume = 'out/nothing': no checkpoint there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(name, tiny_data, tmp_path, monkeypatch, capsys):
+    args, words = MISTAKES[name]
+    monkeypatch.chdir(ROOT)
+    assert run(monkeypatch, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", *args) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("train.py: ") and err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_mistakes_about_models_and_runs(chain, tiny_data, tmp_path, monkeypatch, capsys):
+    out, args = chain
+    cases = [
+        (
+            [*args["prune"], f"--out={tmp_path / 'x'}", "--target_n_layer=9"],
+            "n_layer = 9 is larger than the source's 3",
+        ),
+        ([*args["prune"], f"--out={tmp_path / 'x'}", "--seq_len=128"], "was made for 64 tokens at most"),
+        ([*args["prune"], "--lr=1.0"], "started with other settings, choose another --out: lr was 0.003, now 1.0"),
+        ([*args["prune"], "--resume=never"], "holds a run already"),
+    ]
+    for wrong, words in cases:
+        before = {p: p.stat().st_mtime_ns for p in out["prune"].rglob("*")}
+        assert run(monkeypatch, *wrong) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "x").exists() and before == {p: p.stat().st_mtime_ns for p in out["prune"].rglob("*")}
+
+
+def test_uncaught_mistake_has_exit_status_2_and_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, "train.py", "--lrr=1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'lr'" in done.stderr
+
+
+def test_config_files_are_read_and_never_executed(tmp_path):
+    (tmp_path / "good.py").write_text(
+        '"""Doc."""\nsteps = 2 * 10 + 3 ** 2  # comment\nlr = 1\nratio = {"a": 1 / 4, "b": -3 + 4}\n'
+    )
+    s = load(Settings, [str(tmp_path / "good.py"), "--steps=7", "--out=some dir/x"])
+    assert (s.steps, s.lr, s.ratio, s.out) == (7, 1.0, {"a": 0.25, "b": 1}, "some dir/x")
+    (tmp_path / "bad.py").write_text(
+        "import os\nsteps = os.getpid()\nlearning_rate = 3\nfor i in []: pass\nbacth_size = 99\n"
+    )
+    with pytest.raises(ValueError) as error:
+        load(Settings, [str(tmp_path / "bad.py")])
+    for words in ("bad.py:1: only `name = value`", "bad.py:2: steps: only literals", "bad.py:3: unknown setting",
+                  "bad.py:4: only", "did you mean 'batch_size'?"):  # fmt: skip
+        assert words in str(error.value)
+
+
+def test_help_names_every_setting_with_its_meaning(capsys):
+    with pytest.raises(SystemExit):
+        load(Settings, ["--help"])
+    text = capsys.readouterr().out
+    for name, (_, default, doc) in fields(Settings).items():
+        assert re.search(rf"--{name}={re.escape(repr(default))}\s+{re.escape(doc)}", text)
+
+
+@pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "config").glob("*.py")))
+def test_every_shipped_config_loads(config):
+    s = load(Settings, [str(ROOT / "config" / config)])
+    assert s.out == f"out/{config.removesuffix('.py')}"
+    if s.stage != "pretrain":
+        assert (s.schedule, s.dynamic_reference, s.dynamic_ratio) == ("dro", True, True)  # the full method by default
+        assert s.steps // s.eval_interval >= 24
+
+
+def test_seven_b_configs_prune_llama_2_to_the_papers_shape():
+    s = load(Settings, [str(ROOT / "config" / "prune_7b.py")])
+    seven = LlamaConfig(32000, 32, 4096, 32, 32, 128, 11008, 4096)
+    assert seven.n_params() == 6_738_415_616
+    shape = LlamaConfig(
+        32000, s.target_n_layer, s.target_d_model, s.target_n_head, s.target_n_head, 128, s.target_d_ffn, 4096
+    )
+    assert shape.n_params() == pytest.approx(1.345e9, rel=0.01)
+    with torch.device("meta"):
+        assert PruningMasks(seven, shape, s.sparsity_warmup).head.log_alpha.shape == (32, 32)
+    assert s.batch_size * s.seq_len == 32 * 4096 and s.steps == 3200
+
+
+def test_evaluation_is_over_all_sequences_whatever_the_batch_size(chain, tiny_data):
+    data, model = TokenData(tiny_data), load_model(chain[0]["continue"])
+    one, many = (domain_losses(model, data, "test", 64, 0, size) for size in (3, 1000))
+    assert one == pytest.approx(many, rel=1e-6)
+    tokens = torch.from_numpy(data.eval_sequences("sums", "test", 64))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).transpose(1, 2)
+    assert one["sums"] == pytest.approx(torch.nn.functional.cross_entropy(logits, tokens[:, 1:]).item(), rel=1e-6)
