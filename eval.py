@@ -212,7 +212,7 @@ def main():
             raise ValueError(f"--seq_len {args.seq_len}: the models take 1 to {longest} tokens")
         tokenizer = load_tokenizer(data.tokenizer) if args.sample is not None else None
     if tokenizer is not None:
-        prompt = torch.tensor([tokenizer.encode(args.sample) or [data.eot]], device=args.device)
+        prompt = torch.tensor([tokenizer.encode(args.sample).tolist() or [data.eot]], device=args.device)
         for path, model in zip(args.models, models):
             out = model.generate(prompt, args.tokens, args.temperature, args.seed)[0].tolist()
             print(f"--- {path}\n{tokenizer.decode(out)}")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import SHAPE, metrics, run
 
 import train
 from data import TokenData
@@ -23,51 +24,10 @@ from settings import fields, load
 from train import Settings
 
 ROOT = Path(__file__).parent.parent
-SHAPE = "--n_layer=3 --d_model=32 --n_head=4 --d_ffn=48 --seq_len=64 --batch_size=4 --lr=3e-3 --threads=1".split()
-SHAPE += "--eval_sequences=4 --eval_interval=10 --log_interval=5 --save_interval=10".split()
-TARGET = "--target_n_layer=2 --target_d_model=24 --target_n_head=2 --target_d_ffn=32".split()
-GATES = "--gate_lr=1.0 --multiplier_lr=0.1 --log_alpha=3.0 --phi=200.0 --sparsity_warmup=20".split()
-ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=2".split()
-
-
-def run(monkeypatch, *args):
-    """train.py in this process."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *SHAPE, *map(str, args)])
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        train.main()
-        return 0
-    except SystemExit as end:
-        return end.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def metrics(out: Path, kind=None) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind is None or line["type"] == kind]
 
 
 def without_times(lines):
     return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "seconds")} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def chain(tiny_data, tmp_path_factory):
-    """out directories of the three stages, each a short run: pretrain 60, prune 60, continue 40 steps."""
-    top, patch = tmp_path_factory.mktemp("chain"), pytest.MonkeyPatch()
-    out = {stage: top / stage for stage in ("pretrain", "prune", "continue")}
-    common = {stage: [f"--data={tiny_data}", f"--out={out[stage]}"] for stage in out}
-    args = {
-        "pretrain": [*common["pretrain"], "--steps=60"],
-        "prune": [*common["prune"], "--steps=60", f"--init_from={out['pretrain']}", *TARGET, *GATES, *ROBUST,
-                  f"--reference_model={out['pretrain']}", "--micro_batch=2"],
-        "continue": [*common["continue"], "--steps=40", f"--init_from={out['prune']}", *ROBUST],
-    }  # fmt: skip
-    assert [run(patch, *args[stage]) for stage in out] == [0, 0, 0]
-    patch.undo()
-    return out, args
 
 
 def test_pretraining_learns(chain, tiny_data):

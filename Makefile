@@ -1,0 +1,34 @@
+# make demo   everything from nothing, in about ten minutes on a laptop; run it again to go on where it was
+# make test   lint and tests, from nothing
+# make clean  remove what they made
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+export PYTHONUNBUFFERED = 1
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/done
+	$(RUN) prepare_data.py installed --out data/demo --held_out 0.1
+	$(RUN) train.py config/toy_pretrain.py
+	$(RUN) train.py config/toy_prune.py
+	$(RUN) train.py config/toy_continue.py
+	$(RUN) eval.py out/toy_pretrain out/toy_prune out/toy_continue --data data/demo --sequences 128 --json out/demo.json
+	$(RUN) plot.py out/toy_pretrain out/toy_prune out/toy_continue
+
+test: $(VENV)/done
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	OMP_NUM_THREADS=2 $(RUN) -m pytest
+
+bench: $(VENV)/done
+	$(RUN) bench.py
+
+$(VENV)/done: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) data/demo out/toy_pretrain out/toy_prune out/toy_continue out/demo.json
