@@ -74,8 +74,8 @@ class Settings:
         Literal["learned", "random", "magnitude"], "how to choose what to keep; the last two cut first, then train"
     ] = "learned"
     sparsity_warmup: Annotated[int, "steps in which the target sparsity ramps up"] = 640
-    gate_lr: Annotated[float, "learning rate of log_alpha"] = 1.0
-    multiplier_lr: Annotated[float, "learning rate of lambda and phi"] = 1.0
+    gate_lr: Annotated[float, "peak learning rate of log_alpha"] = 1.0
+    multiplier_lr: Annotated[float, "peak learning rate of lambda and phi"] = 1.0
     log_alpha: Annotated[float, "initial log_alpha of every gate (clamped to ±4.605)"] = math.log(100)
     phi: Annotated[float, "initial phi of every granularity"] = 0.0
 
@@ -84,8 +84,8 @@ class Settings:
     batch_size: Annotated[int, "sequences a step"] = 8
     micro_batch: Annotated[int, "sequences at once, 0 = batch_size; each has gates of its own"] = 0
     seq_len: Annotated[int, "tokens a sequence"] = 256
-    lr: Annotated[float, "peak learning rate of the weights"] = 1e-4
-    min_lr: Annotated[float, "final learning rate as a share of the peak"] = 0.1
+    lr: Annotated[float, "peak learning rate of the weights; all rates follow the same warm-up and cosine"] = 1e-4
+    min_lr: Annotated[float, "final learning rates as a share of the peak"] = 0.1
     warmup: Annotated[int, "steps of linear learning-rate warm-up"] = 0
     beta1: Annotated[float, "AdamW"] = 0.9
     beta2: Annotated[float, "AdamW"] = 0.95
@@ -208,14 +208,13 @@ def make_model(s: Settings, data: TokenData) -> tuple[Llama, PruningMasks | None
 
 def make_optimizer(s: Settings, model: Llama, masks: PruningMasks | None) -> torch.optim.AdamW:
     """One AdamW: weights and log_alpha descend, lambda and phi ascend, each group at its own rate."""
-    groups = [{"params": list(model.parameters()), "lr": s.lr}]
+    groups = [{"params": list(model.parameters()), "lr": s.lr, "weight_decay": s.weight_decay}]
     if masks is not None:
         log_alphas = [gates.log_alpha for gates in masks.gates().values()]
-        groups.append({"params": log_alphas, "lr": s.gate_lr, "weight_decay": 0.0})
-        multipliers = list(masks.multipliers.parameters())
-        groups.append({"params": multipliers, "lr": s.multiplier_lr, "weight_decay": 0.0, "maximize": True})
+        groups.append({"params": log_alphas, "lr": s.gate_lr})
+        groups.append({"params": list(masks.multipliers.parameters()), "lr": s.multiplier_lr, "maximize": True})
     betas = (s.beta1, s.beta2)
-    return torch.optim.AdamW(groups, betas=betas, eps=s.eps, weight_decay=s.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, betas=betas, eps=s.eps, weight_decay=0.0, fused=True)
 
 
 def make_mixture(s: Settings, data: TokenData, references: dict[str, float] | None) -> Mixture:
@@ -343,6 +342,7 @@ def main():
 
     tree = nn.ModuleDict({"model": model} | ({"masks": masks} if masks else {})).to(device)
     optimizer = make_optimizer(s, model, masks)
+    rates = [group["lr"] for group in optimizer.param_groups]
     reader = BatchReader(data, s.seq_len, s.batch_size, s.seed)
     forward = torch.compile(model) if s.compile else model
     autocast = torch.autocast(device.type, torch.bfloat16) if s.dtype == "bfloat16" else nullcontext()
@@ -439,7 +439,8 @@ def main():
         since = time.time()
 
     for step in range(first, s.steps):
-        lr = optimizer.param_groups[0]["lr"] = s.lr * lr_scale(step, s)  # gates and multipliers keep their rates
+        for group, rate in zip(optimizer.param_groups, rates):  # the gates' and multipliers' follow the weights'
+            group["lr"] = rate * lr_scale(step, s)
         tokens, domain = (torch.from_numpy(x).to(device) for x in reader.next(step, mixture.weights))
         loss = torch.zeros((), device=device)
         for i, (batch, d) in enumerate(zip(tokens.split(micro_batch), domain.split(micro_batch))):
@@ -469,7 +470,7 @@ def main():
         done = step + 1
         if done % s.log_interval == 0 or done == s.steps:
             now = time.time()
-            rate = (done - logged) * tokens_per_step / (now - since)
+            speed = (done - logged) * tokens_per_step / (now - since)
             left = (s.steps - done) * (now - started) / (done - first)
             means = (sums / counts).tolist()
             line = {"step": done, "tokens": done * tokens_per_step, "loss": (sums.sum() / counts.sum()).item()}
@@ -477,9 +478,9 @@ def main():
             run.log(
                 type="train",
                 **line,
-                lr=lr,
+                lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm.item(),
-                tokens_per_second=round(rate, 1),
+                tokens_per_second=round(speed, 1),
                 weights=by_domain(mixture.weights),
                 domain_loss=by_domain([m if math.isfinite(m) else None for m in means]),
                 **parts,
@@ -489,7 +490,7 @@ def main():
                 text += f"  constraint {parts['constraint']:+.4f}  sparsity " + " ".join(
                     f"{g} {parts['sparsity'][g]:.3f}/{parts['target_sparsity'][g]:.3f}" for g in parts["sparsity"]
                 )
-            print(f"{text}  lr {lr:.2e}  {rate:,.0f} tokens/s  {clock(left)} left", flush=True)
+            print(f"{text}  lr {s.lr * lr_scale(step, s):.2e}  {speed:,.0f} tokens/s  {clock(left)} left", flush=True)
             sums.zero_(), counts.zero_()
             since, logged = now, done
         if done % s.eval_interval == 0 or done == s.steps:

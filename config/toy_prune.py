@@ -9,13 +9,14 @@ target_d_model = 96
 target_n_head = 3
 target_d_ffn = 256
 
-steps = 200
+steps = 400
 batch_size = 8
+micro_batch = 2  # four samples of the gates a step
 seq_len = 256
 lr = 2e-3
-warmup = 20
+warmup = 40
 
-sparsity_warmup = 40
+sparsity_warmup = 240  # a slow ramp: what goes early goes by chance
 gate_lr = 1.0
 multiplier_lr = 0.1
 log_alpha = 3.0
@@ -26,6 +27,6 @@ dynamic_reference = True
 dynamic_ratio = True
 reference_model = "out/toy_pretrain"
 
-eval_interval = 8
+eval_interval = 16
 eval_sequences = 16
-save_interval = 50
+save_interval = 100

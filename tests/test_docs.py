@@ -50,9 +50,7 @@ def test_every_command_parses(name, command):
             given = {a.partition("=")[0] for a in args if a.startswith("--")}
             assert given <= options_of(script) | {"--help"}
     else:
-        assert words[0] in ("git", "cd", "pip", "python3", "nvidia-smi", "tensorboard"), (
-            f"{name}: how is this checked? {command}"
-        )
+        assert words[0] in ("git", "cd", "pip", "for", "done"), f"{name}: how is this checked? {command}"
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -60,10 +58,8 @@ def test_what_is_named_exists(name):
     for path in re.findall(r"\]\((?!http)([^)#]+)", TEXT[name]):
         assert (ROOT / "docs" / path if name != "README.md" else ROOT / path).exists(), path
     for path in re.findall(r"`((?:\w+/)*[\w.]+\.(?:py|md|json|png))`", TEXT[name]):
-        made = ("config.json", "meta.json", "pruning.json", "tokenizer.json", "state.json", "tokenizer_config.json")
-        assert path in made or (ROOT / path).exists() or path.startswith(("out/", "data/")) or path.endswith(".png"), (
-            path
-        )
+        made = path.startswith(("out/", "data/")) or path.endswith((".png", ".json"))  # by a run
+        assert made or (ROOT / path).exists(), path
     for script, function in re.findall(r"`(\w+\.py):([\w.]+)`", TEXT[name]):
         tree = ast.parse((ROOT / script).read_text())
         for part in function.split("."):
@@ -82,10 +78,9 @@ def test_each_equation_stands_where_the_table_says():
         for part in function.split("."):
             tree = next(n for n in tree.body if getattr(n, "name", None) == part)
         segment = ast.get_source_segment(source, tree)
+        named = " ".join(re.findall(r"eq\.[^)\n:]*", segment))
         for number in re.findall(r"eq\. (\d)", what):
-            assert re.search(rf"\b{number}\b", " ".join(re.findall(r"eq\.[^)\n:]*", segment))), (
-                f"{function}: eq. {number}"
-            )
+            assert re.search(rf"\b{number}\b", named), f"{function} does not name eq. {number}"
 
 
 def test_every_logged_metric_is_in_the_glossary(chain):
