@@ -234,6 +234,18 @@ def magnitude_scores(model: Llama) -> Gates:
     )
 
 
+@torch.no_grad()
+def scores_of(masks: PruningMasks, description: dict) -> Gates:
+    """Scores that choose what `describe` says of other gates. ValueError if it is of other shapes."""
+    if (description["source"], description["target"]) != (masks.source.shape, masks.target.shape):
+        raise ValueError(f"these gates prune {description['source']} to {description['target']}, not this model")
+    scores = {}
+    for granularity, gates in masks.gates().items():
+        kept = torch.tensor(description[granularity]["kept"])
+        scores[granularity] = torch.zeros(gates.log_alpha.shape).scatter_(-1, kept, 1.0)
+    return Gates(**scores)
+
+
 # -- extraction -----------------------------------------------------------------------------------------------------
 
 
@@ -241,49 +253,44 @@ def magnitude_scores(model: Llama) -> Gates:
 def extract(model: Llama, masks: PruningMasks) -> Llama:
     """The small dense Llama of exactly the target shape, equal in function to `model` gated at the target shape.
 
-    What is zero is cut out; what is left of a gate is folded into the weight it scales in the forward, once.
+    What is zero is cut out; what is left of a gate is folded into the weight whose rows it scales in the forward.
     """
-    z = masks.deterministic(at_target=True)
-    source, config = model.config, replace(masks.target, max_seq_len=model.config.max_seq_len)
-    kept = kept_indices(masks)
+    z, kept = masks.deterministic(at_target=True), kept_indices(masks)
+    config, d = replace(masks.target, max_seq_len=model.config.max_seq_len), kept["hidden"]
 
-    def fold(weight, z, rows, columns=None):  # z scales what is then cut, as in the forward
+    def fold(weight, z, rows, columns=None):
         if z is not None:
             weight = weight * z.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
         return weight[rows] if columns is None else weight[rows][:, columns]
 
-    d = kept["hidden"]
-    # the final norm's gate moves into a tied lm_head, whose copy of the embedding is folded already
-    z_norm = None if config.tie_embeddings else z.hidden
+    def rows_of(groups, heads):  # the rows of q, k or v that belong to these KV groups
+        return torch.arange(heads * config.head_dim).view(model.config.n_kv_head, -1)[groups.cpu()].flatten()
+
     state = {
         "embed_tokens.weight": fold(model.embed_tokens.weight.T, z.hidden, d).T,
-        "norm.weight": fold(model.norm.weight, z_norm, d),
+        # a tied lm_head has the gate already, in its copy of the embedding
+        "norm.weight": fold(model.norm.weight, None if config.tie_embeddings else z.hidden, d),
         "lm_head.weight": model.lm_head.weight[:, d],
     }
     if config.tie_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     for new, old in enumerate(kept["layer"].tolist()):
-        layer, at, prefix = model.layers[old], z.at(old), f"layers.{new}."
-        a, f = layer.self_attn, layer.mlp
-        groups, ffn = kept["head"][old], kept["ffn"][old]
-        kv_rows = torch.arange(source.n_kv_head * source.head_dim, device=groups.device).view(source.n_kv_head, -1)[
-            groups
-        ]
-        q_rows = torch.arange(source.n_head * source.head_dim, device=groups.device).view(source.n_kv_head, -1)[groups]
-        kv_rows, q_rows = kv_rows.flatten(), q_rows.flatten()
-        z_v = None if at.head is None else at.head.repeat_interleave(source.head_dim)
-        z_out = at.hidden if at.layer is None else at.layer if at.hidden is None else at.layer * at.hidden
-        state |= {
-            prefix + "self_attn.q_proj.weight": fold(a.q_proj.weight, None, q_rows, d),
-            prefix + "self_attn.k_proj.weight": fold(a.k_proj.weight, None, kv_rows, d),
-            prefix + "self_attn.v_proj.weight": fold(a.v_proj.weight, z_v, kv_rows, d),
-            prefix + "self_attn.o_proj.weight": fold(a.o_proj.weight, z_out, d, q_rows),
-            prefix + "mlp.gate_proj.weight": fold(f.gate_proj.weight, None, ffn, d),
-            prefix + "mlp.up_proj.weight": fold(f.up_proj.weight, at.ffn, ffn, d),
-            prefix + "mlp.down_proj.weight": fold(f.down_proj.weight, z_out, d, ffn),
-            prefix + "input_layernorm.weight": fold(layer.input_layernorm.weight, at.hidden, d),
-            prefix + "post_attention_layernorm.weight": fold(layer.post_attention_layernorm.weight, at.hidden, d),
-        }
+        layer, at = model.layers[old], z.at(old)
+        attention, mlp, ffn = layer.self_attn, layer.mlp, kept["ffn"][old]
+        q, kv = (rows_of(kept["head"][old], n) for n in (model.config.n_head, model.config.n_kv_head))
+        z_v = None if at.head is None else at.head.repeat_interleave(config.head_dim)
+        for name, weight in {
+            "input_layernorm": fold(layer.input_layernorm.weight, at.hidden, d),
+            "self_attn.q_proj": fold(attention.q_proj.weight, None, q, d),
+            "self_attn.k_proj": fold(attention.k_proj.weight, None, kv, d),
+            "self_attn.v_proj": fold(attention.v_proj.weight, z_v, kv, d),
+            "self_attn.o_proj": fold(attention.o_proj.weight, at.out, d, q),
+            "post_attention_layernorm": fold(layer.post_attention_layernorm.weight, at.hidden, d),
+            "mlp.gate_proj": fold(mlp.gate_proj.weight, None, ffn, d),
+            "mlp.up_proj": fold(mlp.up_proj.weight, at.ffn, ffn, d),
+            "mlp.down_proj": fold(mlp.down_proj.weight, at.out, d, ffn),
+        }.items():
+            state[f"layers.{new}.{name}.weight"] = weight
     with torch.device("meta"):
         small = Llama(config)
     small.load_state_dict({name: weight.clone() for name, weight in state.items()}, assign=True)

@@ -84,6 +84,13 @@ class Gates(NamedTuple):
         """The gates of layer i: layer (), hidden (D,), head (G,), ffn (I,)."""
         return Gates(*(z if z is None or name == "hidden" else z[i] for name, z in zip(self._fields, self)))
 
+    @property
+    def out(self) -> Tensor | None:
+        """Of one layer's gates: what both its blocks write into the residual stream through, z_layer · z_hidden."""
+        if self.layer is None or self.hidden is None:
+            return self.hidden if self.layer is None else self.layer
+        return self.layer * self.hidden
+
 
 def scale_rows(weight: Tensor, z: Tensor | None) -> Tensor:
     """z·W: gate the outputs of a linear map, one z a row, or one for all where z is a scalar."""
@@ -174,10 +181,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(self, x: Tensor, cos_sin, z: Gates, cache=None) -> Tensor:
-        # both blocks write into the residual stream through the layer's gate and the stream's own
-        z_out = z.hidden if z.layer is None else z.layer if z.hidden is None else z.layer * z.hidden
-        x = x + self.self_attn(self.input_layernorm(x, z.hidden), cos_sin, z.head, z_out, cache)
-        return x + self.mlp(self.post_attention_layernorm(x, z.hidden), z.ffn, z_out)
+        x = x + self.self_attn(self.input_layernorm(x, z.hidden), cos_sin, z.head, z.out, cache)
+        return x + self.mlp(self.post_attention_layernorm(x, z.hidden), z.ffn, z.out)
 
 
 class KVCache:

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from data import BatchReader, TokenData
 from dro import Mixture
 from eval import bits_per_byte, domain_losses, load_model, newest_checkpoint
-from masks import PruningMasks, describe, extract, magnitude_scores, random_scores
+from masks import PruningMasks, describe, extract, magnitude_scores, random_scores, scores_of
 from model import Gates, Llama, LlamaConfig
 from settings import load, user_errors
 
@@ -50,7 +50,7 @@ class Settings:
     data: Annotated[str, "data set made by prepare_data.py"] = "data/demo"
     domains: Annotated[list, "domains of it to use, [] = all"] = field(default_factory=list)
     out: Annotated[str, "directory of this run"] = "out/run"
-    resume: Annotated[str, "'auto': from the newest checkpoint if any; 'never': start anew; or a checkpoint"] = "auto"
+    resume: Annotated[str, "'auto': from the newest checkpoint; 'never': anew; a checkpoint: branch off"] = "auto"
     save_interval: Annotated[int, "steps between checkpoints"] = 200
     keep_checkpoints: Annotated[int, "how many checkpoints to keep, the newest"] = 2
     stop_at: Annotated[int, "save and stop after this step as if interrupted, 0 = go to the end"] = 0
@@ -70,9 +70,7 @@ class Settings:
     target_d_ffn: Annotated[int, "feed-forward dimensions to keep a layer, 0 = all"] = 0
 
     # gates
-    gates: Annotated[
-        Literal["learned", "random", "magnitude"], "how to choose what to keep; the last two cut first, then train"
-    ] = "learned"
+    gates: Annotated[str, "'learned'; or cut first, then train: 'random', 'magnitude', or a pruning.json"] = "learned"
     sparsity_warmup: Annotated[int, "steps in which the target sparsity ramps up"] = 640
     gate_lr: Annotated[float, "peak learning rate of log_alpha"] = 1.0
     multiplier_lr: Annotated[float, "peak learning rate of lambda and phi"] = 1.0
@@ -202,7 +200,12 @@ def make_model(s: Settings, data: TokenData) -> tuple[Llama, PruningMasks | None
     masks.clamp_()
     if s.gates == "learned":
         return model, masks
-    masks.choose_(random_scores(masks, s.seed) if s.gates == "random" else magnitude_scores(model))
+    if s.gates == "random":
+        masks.choose_(random_scores(masks, s.seed))
+    elif s.gates == "magnitude":
+        masks.choose_(magnitude_scores(model))
+    else:
+        masks.choose_(scores_of(masks, json.loads(Path(s.gates).read_text())))
     return extract(model, masks), None
 
 
@@ -258,37 +261,38 @@ class Run:
 
     def __init__(self, s: Settings):
         self.path = Path(s.out)
-        self.checkpoint = self._find_checkpoint(s)
-        started = self.checkpoint is not None
-        if not started and (self.path / "metrics.jsonl").exists() and s.resume == "never":
-            raise ValueError(f"{s.out} holds a run already: remove it, or choose another --out, or resume='auto'")
-        self.state = json.loads((self.checkpoint / "state.json").read_text()) if started else None
-        if started:
-            old, new = json.loads((self.path / "config.json").read_text()), asdict(s)
-            changed = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if k not in FREE and old.get(k) != new[k]]
-            if changed:
-                raise ValueError(f"{s.out} was started with other settings, choose another --out: {'; '.join(changed)}")
+        newest = newest_checkpoint(self.path)
+        self.checkpoint = {"auto": newest, "never": None}.get(s.resume, Path(s.resume))
+        self.state, self.metrics_so_far = None, b""
+        if self.checkpoint is None:
+            if s.resume == "never" and (self.path / "metrics.jsonl").exists():
+                raise ValueError(f"{s.out} holds a run already: remove it, or choose another --out, or resume='auto'")
+            return
+        if not (self.checkpoint / "state.json").is_file():
+            raise ValueError(f"resume = '{s.resume}': no checkpoint there; 'auto', 'never' or a step_NNNNNN")
+        origin = self.checkpoint.parent.parent
+        if newest is not None and self.checkpoint.resolve() != newest.resolve():
+            raise ValueError(f"resume = '{s.resume}' is not the newest checkpoint of {s.out}: choose another --out")
+        self.state = json.loads((self.checkpoint / "state.json").read_text())
+        # what a dead run logged after its last checkpoint will be logged again
+        self.metrics_so_far = (origin / "metrics.jsonl").read_bytes()[: self.state["metrics_bytes"]]
+        old, new = json.loads((origin / "config.json").read_text()), asdict(s)
+        changed = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if k not in FREE and old.get(k) != new[k]]
+        if changed and s.resume == "auto":
+            raise ValueError(f"{s.out} was started with other settings, choose another --out: {'; '.join(changed)}")
 
     def open(self, s: Settings) -> None:
         """Make the directory and open metrics.jsonl: nothing is written before everything was found to be right."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
-        # what a dead run logged after its last checkpoint will be logged again
-        self.metrics = open(self.path / "metrics.jsonl", "a")
-        self.metrics.truncate(self.state["metrics_bytes"] if self.state else 0)
-
-    def _find_checkpoint(self, s: Settings) -> Path | None:
-        if s.resume in ("auto", "never"):
-            return newest_checkpoint(self.path) if s.resume == "auto" else None
-        if not (Path(s.resume) / "state.json").is_file():
-            raise ValueError(
-                f"resume = '{s.resume}': no checkpoint there; 'auto', 'never' or a checkpoints/step_NNNNNN"
-            )
-        return Path(s.resume)
+        self.metrics = open(self.path / "metrics.jsonl", "ab")
+        if os.path.getsize(self.metrics.name) < len(self.metrics_so_far):  # branches off from another run
+            self.metrics.write(self.metrics_so_far)
+        self.metrics.truncate(len(self.metrics_so_far))
 
     def log(self, **line) -> None:
         """Append one line to metrics.jsonl."""
-        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.write(json.dumps(line).encode() + b"\n")
         self.metrics.flush()
 
     def save(self, step: int, tree: nn.Module, optimizer, state: dict, keep: int) -> None:
@@ -326,6 +330,8 @@ def main():
             raise ValueError(f"device = '{s.device}': this machine has no CUDA device")
         torch.set_num_threads(s.threads or torch.get_num_threads())
         torch.backends.cuda.matmul.allow_tf32 = True
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("several processes are not supported yet: start one, `python train.py ...`")
         data = TokenData(s.data, s.domains or None)
         run = Run(s)
         model, masks = make_model(s, data)
@@ -391,7 +397,10 @@ def main():
         at_end = seen + mixture.weights * (s.steps - step) * tokens_per_step
         params = masks.expected_params().item() if masks else params_end
         values = [losses[d] for d in data.domains]
-        fits = mixture.update(step / s.steps, values, seen, params, at_end, params_end)
+        try:
+            fits = mixture.update(step / s.steps, values, seen, params, at_end, params_end)
+        except ValueError as error:
+            sys.exit(f"train.py: step {step}: {error}")
         run.log(
             type="eval",
             step=step,

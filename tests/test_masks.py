@@ -18,6 +18,7 @@ from masks import (
     kept_indices,
     magnitude_scores,
     random_scores,
+    scores_of,
 )
 from model import Gates, Llama, LlamaConfig
 
@@ -288,5 +289,8 @@ def test_choices_that_are_not_learned():
     assert 2 in kept["layer"] and 5 in kept["hidden"] and 3 in kept["head"][1] and 7 in kept["ffn"][0]
     for gates in masks.gates().values():
         assert gates.log_alpha.unique().tolist() == pytest.approx([LOG_ALPHA_MIN, LOG_ALPHA_MAX])
+    other = PruningMasks(SOURCE, TARGET, 0)
+    other.choose_(scores_of(other, describe(masks)))
+    assert all(torch.equal(a, b) for a, b in zip(kept_indices(other).values(), kept.values()))
     one, two = (random_scores(masks, seed) for seed in (1, 2))
     assert not torch.equal(one.ffn, two.ffn) and torch.equal(one.ffn, random_scores(masks, 1).ffn)

@@ -126,6 +126,25 @@ def test_micro_batches_change_nothing_but_rounding(tiny_data, tmp_path, monkeypa
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
 
 
+def test_a_checkpoint_of_another_run_can_be_gone_on_from_with_other_settings(chain, tmp_path, monkeypatch):
+    """`resume=PATH` branches off: the history up to there is kept, what differs may be changed, the origin stays."""
+    out, args = chain
+    mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["prune"]]
+    assert run(monkeypatch, *mine, "--stop_at=30") == 0
+    before = (tmp_path / "x" / "metrics.jsonl").read_bytes()
+    branch = [f"--out={tmp_path / 'y'}" if a.startswith("--out=") else a for a in mine]
+    checkpoint = tmp_path / "x" / "checkpoints" / "step_000030"
+    assert run(monkeypatch, *branch, f"--resume={checkpoint}") == 0
+    assert (tmp_path / "y" / "metrics.jsonl").read_bytes().startswith(before)
+    assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == before
+    name = Path("model") / "model.safetensors"
+    assert (tmp_path / "y" / name).read_bytes() == (out["prune"] / name).read_bytes()
+    branch = [f"--out={tmp_path / 'z'}" if a.startswith("--out=") else a for a in mine]
+    assert run(monkeypatch, *branch, f"--resume={checkpoint}", "--schedule=constant", "--steps=40") == 0
+    assert metrics(tmp_path / "z", "end")[0]["step"] == 40
+    assert run(monkeypatch, *mine, f"--resume={tmp_path / 'x' / 'checkpoints' / 'step_000020'}") == 2  # would lose 30
+
+
 @pytest.mark.parametrize("how", ["random", "magnitude"])
 def test_a_choice_that_is_not_learned_trains_a_dense_model_of_the_target_shape(chain, how, tmp_path, monkeypatch):
     args = [f"--out={tmp_path / how}" if a.startswith("--out=") else a for a in chain[1]["prune"]]
