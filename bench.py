@@ -1,11 +1,12 @@
 """Speed, side by side in one process: our training step, dense and gated, against transformers', and the schedule.
 
-    python bench.py [--rounds 30] [--json FILE]
+    python bench.py [--rounds 30] [--compile] [--json FILE]
 
 A step is forward, backward and AdamW in float32 on 2 threads: d_model 256, 6 layers, 8 heads, d_ffn 688, vocabulary
 512, 8 sequences of 256 tokens. The three models take turns, so that a change of the machine's speed hits all alike;
 after a warm-up, medians and the median of the rounds' ratios are printed. Gated is the whole pruning step: sampling the
-gates, the forward through them, the constraint, and AdamW on log_alpha and the multipliers too.
+gates, the forward through them, the constraint, and AdamW on log_alpha and the multipliers too. --compile puts
+all three through torch.compile.
 
 The schedule is one evaluation's update (scaling law, reference, weights, ratio) at 7 domains with 64 points each.
 """
@@ -34,7 +35,7 @@ TARGET = replace(CONFIG, n_layer=4, d_model=192, n_head=6, n_kv_head=6, d_ffn=51
 BATCH, WARMUP = 8, 3
 
 
-def make_steps() -> dict:
+def make_steps(compiled: bool = False) -> dict:
     """name -> function that does one training step: transformers', our dense one, our gated one."""
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -48,18 +49,16 @@ def make_steps() -> dict:
             attn_implementation="sdpa",
         )
     ).train()
-    dense, gated, masks = (
-        Llama(CONFIG).init_weights(0),
-        Llama(CONFIG).init_weights(0),
-        PruningMasks(CONFIG, TARGET, 100),
-    )
+    dense, gated = (Llama(CONFIG).init_weights(0) for _ in range(2))
+    masks = PruningMasks(CONFIG, TARGET, 100)
     assert sum(p.numel() for p in theirs.parameters()) == CONFIG.n_params()
-    optimizers = [
-        torch.optim.AdamW(m.parameters(), lr=1e-4) for m in (theirs, dense, torch.nn.ModuleList([gated, masks]))
-    ]
+    trained = (theirs, dense, torch.nn.ModuleList([gated, masks]))
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-4) for module in trained]
     tokens = torch.randint(CONFIG.vocab_size, (BATCH, CONFIG.max_seq_len + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     count = iter(range(10**9))
+    for module in (theirs, dense, gated) if compiled else ():
+        module.compile()
 
     def their_loss():
         logits = theirs(input_ids=inputs, use_cache=False).logits
@@ -100,6 +99,7 @@ def time_schedule(rounds: int) -> float:
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30, help="rounds of the three steps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile all three models")
     parser.add_argument("--json", metavar="FILE", help="write the results here, too")
     with user_errors():
         args = parser.parse_args()
@@ -107,7 +107,7 @@ def main():
             raise ValueError("--rounds must be at least 1")
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    steps = make_steps()
+    steps = make_steps(args.compile)
     seconds = {name: [] for name in steps}
     for i in range(WARMUP + args.rounds):
         for name, step in steps.items():
@@ -120,12 +120,13 @@ def main():
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
 
     result = {
+        "command": f"python bench.py --rounds {args.rounds}" + " --compile" * args.compile,
         "median_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
         "dense / transformers": ratio("dense", "transformers"),
         "gated / dense": ratio("gated", "dense"),
         "schedule_ms": 1e3 * time_schedule(5),
         "machine": f"{platform.processor() or platform.machine()}, 2 threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {args.rounds} rounds",
+        f"transformers {transformers.__version__}, {args.rounds} rounds" + ", compiled" * args.compile,
     }
     print(f"{result['machine']}\n")
     for name, ms in result["median_ms"].items():

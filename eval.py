@@ -158,14 +158,15 @@ def table(results: dict) -> str:
     """The results as text: a row a domain, a block of columns a model."""
     names, domains = list(results), list(next(iter(results.values()))["domains"])
     width = max(map(len, [*domains, "prefill tokens/s"]))
-    columns = {"loss": "loss", "ppl": "perplexity", "bits/byte": "bits_per_byte", "+loss": "degradation"}
-    block = 36
-    lines = [" " * width + "".join(f"  {shorten(name, block - 2):>{block - 2}}" for name in names)]
-    lines.append(" " * width + ("".join(f"{c:>9}" for c in columns)) * len(names))
+    columns = {"loss": ("loss", 9, 3), "ppl": ("perplexity", 8, 2)}  # title -> key, width, decimals
+    columns |= {"bits/byte": ("bits_per_byte", 11, 3), "+loss": ("degradation", 8, 3)}
+    block = sum(wide for _, wide, _ in columns.values())
+    lines = [" " * width + "".join(f"{shorten(name, block - 2):>{block}}" for name in names)]
+    lines.append(" " * width + "".join(f"{title:>{wide}}" for title, (_, wide, _) in columns.items()) * len(names))
     for label in [*domains, "average", "worst"]:
         rows = [r["domains"].get(label) or r[label] for r in results.values()]
-        cells = "".join(f"{row[key]:>9.{2 if c == 'ppl' else 3}f}" for row in rows for c, key in columns.items())
-        lines.append(f"{label:<{width}}{cells}")
+        cells = (f"{row[key]:>{wide}.{digits}f}" for row in rows for key, wide, digits in columns.values())
+        lines.append(f"{label:<{width}}" + "".join(cells))
     for label, key in (
         ("parameters", "parameters"),
         ("prefill tokens/s", "prefill_tokens_per_second"),

@@ -412,7 +412,7 @@ def main():
             reference=by_domain(mixture.state["reference"]),
             prediction=by_domain([law and law.predict(t, params_end) for law, t in zip(fits["laws"], at_end)]),
             no_prediction=by_domain(fits["no_prediction"]),
-            curve=curve(step, fits["laws"], seen, at_end),
+            curve=curve(step, fits["laws"], seen, at_end, params),
             ratio=by_domain(mixture.state["ratio"]),
             weights=by_domain(mixture.weights),
             **({"gates": gate_picture(z), "sparsity": read(masks.lagrangian(step)[1])["sparsity"]} if masks else {}),
@@ -429,13 +429,16 @@ def main():
             return dict.fromkeys(data.domains)
         return {d: v if v is None or isinstance(v, str) else np.asarray(v).item() for d, v in zip(data.domains, values)}
 
-    def curve(step, laws, seen, at_end):
-        """The fitted laws from here to the end of the run, for the pictures."""
+    def curve(step, laws, seen, at_end, params):
+        """The fitted laws from here to the end of the run, for the pictures: the tokens go on as now, P as the ramp."""
         if not any(laws):
             return None
         share = np.linspace(0, 1, 9)
+        ramp = np.clip(share * (s.steps - step) / max(1, s.sparsity_warmup - step), 0, 1)
         tokens = seen + share[:, None] * (at_end - seen)  # (points, domains)
-        lines = [law and law.predict(t, params_end).tolist() for law, t in zip(laws, tokens.T)]
+        lines = [
+            law and law.predict(t, params + ramp * (params_end - params)).tolist() for law, t in zip(laws, tokens.T)
+        ]
         return {"step": (step + share * (s.steps - step)).tolist(), "loss": dict(zip(data.domains, lines))}
 
     # since the last log line, on the device: sum of cross entropies and number of tokens of each domain

@@ -63,7 +63,7 @@ def main():
                 print(f"{len(runs)}/{len(CHOICES) * args.seeds}: {key[0]}, seed {key[1]}", flush=True)
     models = ["out/toy_pretrain", *(str(path) for pair in runs.values() for path in pair)]
     file = OUT / f"eval_{args.steps}.json"
-    call("eval.py", *models, "--data", "data/demo", "--json", str(file))
+    call("eval.py", *models, "--data", "data/demo", "--sequences", "128", "--json", str(file))
     losses = {m: r["average"]["loss"] for m, r in json.loads((ROOT / file).read_text())["models"].items()}
     table = {
         choice: {
