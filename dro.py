@@ -168,9 +168,11 @@ class Mixture:
         if self.dynamic_reference and progress >= PREDICT_FROM and len(history["losses"]) > MORE_POINTS_THAN:
             # section 3.2: the reference is the lowest loss the domain was ever given, seen at or predicted to reach
             predicted = np.full(len(losses), np.inf)
-            for i, (t, y) in enumerate(zip(np.transpose(history["tokens"]), np.transpose(history["losses"]))):
+            all_tokens, all_losses, params_seen = (np.array(history[key]) for key in ("tokens", "losses", "params"))
+            for i, (t, y) in enumerate(zip(all_tokens.T, all_losses.T)):
+                seen = t > 0  # before its first token a domain is not on the curve
                 try:
-                    laws[i] = fit(t, y, history["params"])
+                    laws[i] = fit(t[seen], y[seen], params_seen[seen])
                     predicted[i] = laws[i].predict(tokens_end[i], params_end)
                 except FitError as error:
                     reasons[i] = str(error)

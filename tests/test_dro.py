@@ -186,6 +186,15 @@ def test_a_domain_that_cannot_be_predicted_says_so_and_the_others_go_on():
     assert mixture.state["reference"][1] == pytest.approx(1.01)  # the best it was seen at
 
 
+def test_a_domain_that_is_drawn_late_is_predicted_from_its_own_tokens():
+    mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True)
+    for k in range(1, 41):
+        late = max(0, k - 10)
+        record = mixture.update(k / 40, [2 + k**-0.5, 1 + (late or 0.5) ** -0.5], [k, late], 1e6, [40, 30], 1e6)
+    assert record["no_prediction"] == [None, None]
+    assert record["laws"][1].predict(30) == pytest.approx(1 + 30**-0.5, abs=1e-6)
+
+
 def test_dynamic_ratio_follows_the_weights_from_a_fifth_of_the_run():
     mixture = Mixture(["a", "b", "c"], P, "dro", [1.0, 1.0, 0.9], dynamic_ratio=True)
     ratio = np.array(P)
