@@ -159,6 +159,7 @@ class BatchReader:
         return {domain: n * self.seq_len for domain, n in zip(self.data.domains, self.counts, strict=True)}
 
     def state_dict(self) -> dict[str, dict[str, int]]:
+        """All of the state: how many sequences of each domain were drawn."""
         return {"sequences": dict(zip(self.data.domains, self.counts, strict=True))}
 
     def load_state_dict(self, state: dict[str, dict[str, int]]):

@@ -93,6 +93,7 @@ def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> n
 
 
 def check(losses, reference, ratio, rho=0.0):
+    """ValueError unless all are finite, of one length, with shares above 0 and rho not negative."""
     if not losses.shape == reference.shape == ratio.shape or losses.ndim != 1:
         raise ValueError("losses, reference and ratio must have one value a domain")
     for name, x in (("loss", losses), ("reference loss", reference), ("ratio", ratio)):

@@ -67,14 +67,17 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The run's name, or its directory's."""
         return self.info.get("name") or self.path.resolve().name
 
     @property
     def domains(self) -> list[str]:
+        """The domains, in the order of the run."""
         return self.info["domains"]
 
     @property
     def pruning(self) -> bool:
+        """Whether there are gates."""
         return self.info["stage"] == "prune"
 
 
@@ -152,12 +155,14 @@ def line(ax, x, y, marker="", **style) -> Line2D:
 
 
 def new_figure(rows=1, columns=1, height=SIZE[1], **grid):
+    """A figure of slide width and its axes, (rows, columns)."""
     fig = Figure(figsize=(SIZE[0], height), dpi=DPI, layout="constrained")
     fig.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.02, hspace=0.02)
     return fig, fig.subplots(rows, columns, squeeze=False, **grid)
 
 
 def label(ax, title="", x="", y=""):
+    """Title, axis labels with units, and a light grid."""
     ax.set(xlabel=x, ylabel=y)
     ax.set_title(title, fontweight="bold")
     ax.grid(axis="y", color="#e4e4e4", linewidth=0.8)
@@ -166,6 +171,7 @@ def label(ax, title="", x="", y=""):
 
 
 def step_axis(run: Run) -> str:
+    """The label of an axis of steps."""
     return f"step ({run.info['tokens_per_step']:,} tokens each)"
 
 
@@ -177,12 +183,14 @@ def count_axis(ax, steps: float):
 
 
 def heading(fig, run: Run, what: str):
+    """The figure's title: which run, what, and how far it is."""
     last = max(r["step"] for r in [*run.train, *run.evals])
     so_far = "" if run.end else f", step {last:,} of {run.info['steps']:,}"
     fig.suptitle(f"{shorten(run.name, 40)}: {what}{so_far}", x=0.012, ha="left")
 
 
 def shorten(text: str, length: int) -> str:
+    """The beginning of a text that is too long."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -194,6 +202,7 @@ def legend(fig, handles: list):
 
 
 def key(text: str, **style) -> Line2D:
+    """An entry of the legend."""
     return Line2D([], [], label=text, **{"color": "#333333", **style})
 
 
@@ -277,6 +286,7 @@ def weights_figure(run: Run) -> Figure:
 
 
 def schedule(run: Run) -> str:
+    """The schedule and its additions in words."""
     parts = [w for w in ("reference", "ratio") if run.info.get(f"dynamic_{w}")]
     return f"{run.info.get('schedule', 'unknown')} schedule" + (f", dynamic {' and '.join(parts)}" if parts else "")
 
@@ -536,6 +546,7 @@ def comparison_figure(runs: list[Run]) -> Figure:
 
 
 def common_domains(runs: list[Run]) -> list[str]:
+    """Domains that all runs have; ValueError if there is none."""
     domains = [d for d in runs[0].domains if all(d in run.domains for run in runs)]
     if not domains:
         raise ValueError(f"nothing to compare: no domain is in all of {', '.join(str(run.path) for run in runs)}")

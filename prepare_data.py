@@ -241,12 +241,14 @@ def encode_batch(tokenizer: Tokenizer, batch: list[tuple[str, bool, str]]) -> li
 
 
 def start_worker(spec: str):
+    """Load the tokenizer once a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     global worker_tokenizer
     worker_tokenizer = load_tokenizer(spec)
 
 
 def encode_in_worker(batch: list) -> list:
+    """encode_batch with the process' tokenizer."""
     return encode_batch(worker_tokenizer, batch)
 
 
@@ -281,6 +283,7 @@ class DomainWriter:
         self.rest = np.empty(0, np.uint32), np.empty(0, np.uint32)  # its last tokens, not yet a window, and their bytes
 
     def write(self, split: str, ids: np.ndarray, sizes: np.ndarray):
+        """Append tokens, and the bytes they stand for, to a split."""
         self.files[split].write(ids.astype(self.dtype).tobytes())
         counts = self.counts[split]
         counts["tokens"] += len(ids)
@@ -288,6 +291,7 @@ class DomainWriter:
         counts["bytes"] += int(sizes.sum())
 
     def add(self, held: bool, ids: np.ndarray, sizes: np.ndarray):
+        """Append documents to train, or to the pool whose windows go to val and test in turn."""
         if not held:
             return self.write("train", ids, sizes)
         ids, sizes = np.concatenate([self.rest[0], ids]), np.concatenate([self.rest[1], sizes])
@@ -299,6 +303,7 @@ class DomainWriter:
         self.rest = ids[end:], sizes[end:]
 
     def close(self):
+        """Close the files; a last window that is not full is dropped."""
         for file in self.files.values():
             file.close()
 

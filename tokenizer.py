@@ -28,6 +28,7 @@ class TiktokenTokenizer:
         self.name, self.encoding, self.eot, self.n_vocab = name, encoding, eot, encoding.n_vocab
 
     def encode(self, text: str) -> np.ndarray:
+        """Ids, uint32 (n,)."""
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # the pattern's backtracking gives up on enormous runs of white space
@@ -45,10 +46,12 @@ class TiktokenTokenizer:
         return sizes
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and the bytes of text each stands for, uint32 (n,) both."""
         ids = self.encode(text)
         return ids, self._token_bytes[ids]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids."""
         return self.encoding.decode([int(i) for i in ids], errors="replace")
 
 
@@ -86,6 +89,7 @@ class HuggingFaceTokenizer:
         raise ValueError(f"{file}: which token ends a text? Name it as eos_token in a tokenizer_config.json beside it")
 
     def encode(self, text: str) -> np.ndarray:
+        """Ids, uint32 (n,)."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +102,7 @@ class HuggingFaceTokenizer:
         return np.array(encoding.ids, np.uint32), np.diff(position[ends], prepend=0).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
