@@ -25,6 +25,7 @@ class TokenData:
     path         its folder                              domains     names, sorted or in the order asked for
     meta         meta.json                               vocab_size  largest id + 1
     tokenizer    for load_tokenizer()                    eot         id of the token after each document
+    fingerprint  what the tokenizer makes of awkward text, to compare with a model's
 
     `domains` restricts it to some domains, in that order. Raises ValueError for whatever is wrong with the files.
     """
@@ -36,6 +37,7 @@ class TokenData:
             if self.meta["format"] != FORMAT:
                 raise ValueError(f"format {self.meta['format']}, not {FORMAT}: delete it and prepare it again")
             self.tokenizer, self.vocab_size, self.eot = (self.meta[k] for k in ("tokenizer", "vocab_size", "eot"))
+            self.fingerprint = self.meta["tokenizer_fingerprint"]
             dtype = DTYPES[self.meta["dtype"]]
             counts = {d: {s: self.meta["domains"][d][s]["tokens"] for s in SPLITS} for d in self.meta["domains"]}
         except FileNotFoundError:

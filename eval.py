@@ -27,7 +27,7 @@ from data import TokenData
 from masks import PruningMasks, extract
 from model import Gates, KVCache, Llama, LlamaConfig
 from settings import Parser, user_errors
-from tokenizer import load_tokenizer
+from tokenizer import fingerprint, load_tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
 
@@ -97,14 +97,38 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name[5:]), default=None)
 
 
+def model_directory(path: str | Path) -> Path | None:
+    """The directory in Hugging Face's format that `path` is, or that the finished run `path` holds; None otherwise."""
+    path = Path(path)
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
+        return path
+    return None
+
+
+def check_tokenizer(path: str | Path, model: Llama, data: TokenData) -> None:
+    """ValueError unless the model can read the data: a vocabulary as large, and its own tokenizer if it has one."""
+    if model.config.vocab_size < data.vocab_size:
+        raise ValueError(
+            f"{path}: its vocabulary has {model.config.vocab_size} tokens, {data.path} needs {data.vocab_size} "
+            f"({data.tokenizer}): prepare the text with the model's own tokenizer"
+        )
+    directory = model_directory(path)
+    if directory is not None and any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        if fingerprint(load_tokenizer(str(directory))) != data.fingerprint:
+            raise ValueError(
+                f"{path}: its tokenizer is not the one {data.path} was prepared with ({data.tokenizer}): "
+                f"prepare the text with --tokenizer {directory}"
+            )
+
+
 def load_model(path: str | Path, finished: bool = False) -> Llama:
     """The model of a run, of one of its checkpoints, or of a model directory, in float32. ValueError if there is none,
     or if it has to be `finished` and the run is still going on."""
     path = Path(path)
-    if (path / "model" / "config.json").is_file():
-        return Llama.from_pretrained(path / "model")
-    if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
-        return Llama.from_pretrained(path)
+    if (directory := model_directory(path)) is not None:
+        return Llama.from_pretrained(directory)
     if finished:
         what = "this run is not finished, run it to its end first" if path.is_dir() else "no such model or run"
         raise ValueError(f"{path}: {what}")
@@ -202,11 +226,7 @@ def main():
         data = TokenData(args.data)
         models = [load_model(path).to(args.device).eval() for path in args.models]
         for path, model in zip(args.models, models):
-            if model.config.vocab_size < data.vocab_size:
-                raise ValueError(
-                    f"{path}: its vocabulary has {model.config.vocab_size} tokens, {args.data} needs {data.vocab_size} "
-                    f"({data.tokenizer}): prepare the text with the model's own tokenizer"
-                )
+            check_tokenizer(path, model, data)
         longest = min(model.config.max_seq_len for model in models)
         args.seq_len = args.seq_len or min(data.meta["window"], longest)
         if not 0 < args.seq_len <= longest:

@@ -16,6 +16,8 @@ Shapes: B batch, T time, D d_model, H query heads, G key/value heads (groups), K
 """
 
 import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +34,7 @@ LOGITS_AT_ONCE = 2**27  # the loss is computed in pieces of at most this many lo
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama. Every field but the last five is something structured pruning may look at; ValueError if it
+    """Shape of a Llama. Every field but the last six is something structured pruning may look at; ValueError if it
     cannot be."""
 
     vocab_size: int
@@ -46,8 +48,9 @@ class LlamaConfig:
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    rope_scaling: dict | None = None  # Llama 3's, with the keys that Hugging Face gives it: see `rope`
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ffn", "max_seq_len"):
@@ -105,7 +108,14 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def rope(position: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What `rotate` needs of the rotary embedding at positions (T,): cosines and signed sines (T, K)."""
     pair = torch.arange(0, config.head_dim, 2, device=position.device, dtype=dtype)
-    angle = position[:, None] * config.rope_theta ** (-pair / config.head_dim)
+    frequency = config.rope_theta ** (-pair / config.head_dim)
+    if (scaling := config.rope_scaling) is not None:
+        # Llama 3: what turns often within the original context stays, what turns rarely is slowed down by `factor`
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        stays = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (stays + (1 - stays) / scaling["factor"])
+    angle = position[:, None] * frequency
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
@@ -287,20 +297,16 @@ class Llama(nn.Module):
         config = read_config(path)
         with torch.device("meta"):
             model = cls(config)
-        index = path / "model.safetensors.index.json"
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
         state, expected = {}, dict(model.named_parameters())
-        for file in files or ["model.safetensors"]:
-            if not (path / file).is_file():
-                raise ValueError(
-                    f"{path / file}: no such file; a model directory holds config.json and model.safetensors"
-                )
+        for file in weight_files(path):
             try:
-                with safe_open(path / file, framework="pt") as tensors:
-                    for name in tensors.keys():
-                        state[name.removeprefix("model.")] = tensors.get_tensor(name).to(dtype)
+                with safe_open(file, framework="pt") as tensors:
+                    names = list(tensors.keys())
+                for name in names:  # a mapping each: pages of tensors that were copied do not stay in memory
+                    with safe_open(file, framework="pt") as tensors:
+                        state[name.removeprefix("model.")] = tensors.get_tensor(name).to(dtype, copy=True)
             except SafetensorError as error:
-                raise ValueError(f"{path / file}: not a whole safetensors file ({error})") from None
+                raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
         if config.tie_embeddings:
             state.pop("lm_head.weight", None)  # some writers store the tied weight twice
         wrong = [f"{n} is missing" for n in expected.keys() - state.keys()]
@@ -317,28 +323,44 @@ class Llama(nn.Module):
             model.lm_head.weight = model.embed_tokens.weight
         return model
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors as `transformers` loads them, in `dtype` if given."""
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: float = 5e9) -> None:
+        """Write config.json and model.safetensors as `transformers` loads them, in `dtype` if given.
+
+        What is larger than max_shard_bytes is written as several files with an index.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        state = {}
-        for name, weight in self.named_parameters():  # a tied lm_head is not listed twice
-            full = name if name.startswith("lm_head.") else f"model.{name}"
-            state[full] = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
-        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-        c, kind = self.config, str(next(iter(state.values())).dtype).removeprefix("torch.")
+        weights = {n if n.startswith("lm_head.") else f"model.{n}": w for n, w in self.named_parameters()}  # tied: once
+        dtype = dtype or next(iter(weights.values())).dtype
+        shards, size, total = [[]], 0, 0
+        for name, weight in weights.items():
+            n_bytes = weight.numel() * dtype.itemsize
+            if shards[-1] and size + n_bytes > max_shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size, total = size + n_bytes, total + n_bytes
+        places = {}
+        for i, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            state = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
+            save_file(state, path / f"{file}.partial", metadata={"format": "pt"})
+            os.replace(path / f"{file}.partial", path / file)
+            places |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        c = self.config
         config = {
             "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "torch_dtype": kind,
+            **HF_REQUIRED,
+            "torch_dtype": str(dtype).removeprefix("torch."),
             **{theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()},
         }
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+INDEX = "model.safetensors.index.json"
 HF_KEYS = {  # Hugging Face's config.json key -> LlamaConfig field
     "vocab_size": "vocab_size",
     "num_hidden_layers": "n_layer",
@@ -349,12 +371,26 @@ HF_KEYS = {  # Hugging Face's config.json key -> LlamaConfig field
     "intermediate_size": "d_ffn",
     "max_position_embeddings": "max_seq_len",
     "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
 }
 HF_REQUIRED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model directory; ValueError names one that is not there."""
+    index = path / INDEX
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    )
+    for name in names:
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name}: no such file; a model directory holds config.json and model.safetensors")
+    return [path / name for name in names]
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -363,14 +399,15 @@ def read_config(path: Path) -> LlamaConfig:
     if not file.is_file():
         raise ValueError(f"{path}: no model here (no config.json)")
     raw = json.loads(file.read_text())
-    raw.update({k: v for k, v in (raw.get("rope_parameters") or {}).items() if k == "rope_theta"})
     for key, needed in HF_REQUIRED.items():
         if raw.get(key, needed) != needed:
             raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported, only {needed!r}")
-    scaling = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type != "default":
-        raise ValueError(f"{file}: rope_type = {rope_type!r} is not supported, only 'default'")
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}  # the old key and the new one
+    raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{file}: rope_type = {kind!r} is not supported, only 'default' and 'llama3'")
+    raw["rope_scaling"] = {"rope_type": kind, **{k: rope[k] for k in LLAMA3_ROPE}} if kind == "llama3" else None
     values = {ours: raw[theirs] for theirs, ours in HF_KEYS.items() if raw.get(theirs) is not None}
     values.setdefault("n_kv_head", values.get("n_head"))
     if "head_dim" not in values and "n_head" in values and "d_model" in values:

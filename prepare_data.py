@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from data import DTYPES, FORMAT, SPLITS, TokenData
 from settings import Parser, user_errors
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 SEEN_SLOTS = 1 << 22  # documents that are remembered when duplicates are looked for, 8 bytes each
 
@@ -387,6 +387,7 @@ def prepare(
         if len(writers) < (2 if installed else 1):
             raise ValueError(f"{source}: {len(writers)} domains have enough text; lower --window or raise --max_mb")
         meta = {"format": FORMAT, "tokenizer": encoder.name, "vocab_size": encoder.n_vocab, "eot": encoder.eot}
+        meta |= {"tokenizer_fingerprint": fingerprint(encoder)}
         meta |= {"dtype": dtype, "window": window, "seed": seed, "options": options}
         meta["domains"] = {domain: writers[domain].counts for domain in sorted(writers)}
         (partial_out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

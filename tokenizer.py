@@ -12,6 +12,7 @@ Both classes have the same face:
 
 import base64
 import difflib
+import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
@@ -118,6 +119,14 @@ LLAMA3_SPECIAL = [  # in the order of their ids, which follow the ranks
     *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
     *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
 ]
+
+
+PROBE = "The quick brown fox, 1,234.5 jumps!\n\n\tdef main():    return 'naïve' + \"日本語 🦊\" # \u00e9\u200b</s>"
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Equal for tokenizers that give awkward text the same ids, whatever file they are in."""
+    return hashlib.sha256(json.dumps(tokenizer.encode(PROBE).tolist()).encode()).hexdigest()[:16]
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -34,11 +34,22 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from data import BatchReader, TokenData
 from dro import Mixture
-from eval import bits_per_byte, domain_losses, load_model, newest_checkpoint
+from eval import (
+    bits_per_byte,
+    check_tokenizer,
+    domain_losses,
+    load_model,
+    model_directory,
+    newest_checkpoint,
+)
 from masks import PruningMasks, describe, extract, magnitude_scores, random_scores, scores_of
 from model import Gates, Llama, LlamaConfig
 from settings import load, user_errors
 
+TOKENIZER_FILES = (  # what `transformers` may write beside the weights
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
 GATE_BINS = 32  # hidden and ffn gates are logged as means over at most this many bins
 
 
@@ -175,11 +186,7 @@ def make_model(s: Settings, data: TokenData) -> tuple[Llama, PruningMasks | None
         return Llama(config).init_weights(s.seed), None
     model = load_model(s.init_from, finished=True)
     source = model.config
-    if source.vocab_size < data.vocab_size:
-        raise ValueError(
-            f"{s.init_from}: its vocabulary has {source.vocab_size} tokens, {s.data} needs {data.vocab_size} "
-            f"({data.tokenizer}): prepare the text with the model's own tokenizer"
-        )
+    check_tokenizer(s.init_from, model, data)
     if s.seq_len > source.max_seq_len:
         raise ValueError(f"seq_len = {s.seq_len}: {s.init_from} was made for {source.max_seq_len} tokens at most")
     if not s.is_pruning:
@@ -196,6 +203,11 @@ def make_model(s: Settings, data: TokenData) -> tuple[Llama, PruningMasks | None
         n_kv_head=n_head * source.n_kv_head // source.n_head,
         d_ffn=s.target_d_ffn or source.d_ffn,
     )
+    if target.d_model % target.n_head:
+        raise ValueError(
+            f"target_d_model = {target.d_model} must be a multiple of the {target.n_head} heads kept: "
+            "transformers loads no other Llama"
+        )
     masks = PruningMasks(source, target, s.sparsity_warmup, s.log_alpha, s.phi)
     masks.clamp_()
     if s.gates == "learned":
@@ -534,18 +546,22 @@ def main():
         gates=picture,
         seconds=round(seconds + time.time() - started, 1),
     )
-    save_model(run.path / "model", small, kept)
+    save_model(run.path / "model", small, kept, model_directory(s.init_from) if s.init_from else None)
     mean = np.mean(list(losses.values()))
     print(f"{run.path / 'model'}: {small.config.n_params():,} parameters, validation loss {mean:.4f}")
 
 
-def save_model(path: Path, model: Llama, kept: dict | None) -> None:
-    """Write model/ (and pruning.json: which indices were kept) beside its place and rename it when it is whole."""
+def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None) -> None:
+    """Write model/ (with pruning.json: which indices were kept; and the tokenizer files of the model it came from)
+    beside its place and rename it when it is whole."""
     partial = path.with_name("model.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     if kept is not None:
         (partial / "pruning.json").write_text(json.dumps(kept))
+    for name in TOKENIZER_FILES:
+        if origin is not None and (origin / name).is_file():
+            shutil.copy(origin / name, partial)
     partial.rename(path)
 
 

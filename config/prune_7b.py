@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=8 train.py config/prune_7b.py
 
-3,200 steps of 32 x 4,096 tokens: 0.42B tokens. Then continue_1.3b.py: 50B tokens.
+3,200 steps of 32 x 4,096 tokens: 0.42B tokens. Weights, gradients and AdamW in float32 are 16 bytes a parameter of the
+source, 108 GB: several GPUs. Then continue_1.3b.py: 50B tokens.
 """
 
 out = "out/prune_7b"

@@ -19,6 +19,18 @@ SHAPES = {
     "tied": replace(MHA, tie_embeddings=True),
     "head_dim that is not d / heads": replace(MHA, head_dim=20),
     "other base and eps": replace(MHA, rope_theta=5e5, norm_eps=1e-3),
+    "llama 3's rope scaling": replace(
+        MHA,
+        rope_theta=5e3,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "several ends of text": replace(MHA, eos_token_id=[3, 4], bos_token_id=1),
 }
 
 
@@ -57,6 +69,12 @@ def test_sharded_and_bfloat16_weights(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.bfloat16)
     theirs.save_pretrained(tmp_path / "many", max_shard_size="40KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    ours.save_pretrained(tmp_path / "ours", max_shard_bytes=40e3)
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2 and not list((tmp_path / "ours").glob("*.partial"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    tokens = torch.randint(97, (2, 40))
+    with torch.no_grad():
+        assert relative(ours(tokens), theirs(tokens).logits) < 1e-5
     sharded = Llama.from_pretrained(tmp_path / "many")
     assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(sharded.parameters(), ours.parameters()))
 

@@ -1,0 +1,39 @@
+"""SmolLM2-135M to about half its non-embedding parameters, on a laptop: a real pretrained model, tied embeddings, GQA.
+
+    python train.py config/prune_smollm2.py
+
+400 steps of 4 x 256 tokens: 0.4M tokens. Weights, gradients and AdamW in float32 are 16 bytes a parameter, 2.2 GB, and
+about as much again for activations.
+"""
+
+out = "out/prune_smollm2"
+data = "data/smollm2"
+
+init_from = "SmolLM2-135M"
+target_n_layer = 24
+target_d_model = 480
+target_n_head = 6  # 2 of 3 KV groups, each with its 3 query heads
+target_d_ffn = 1152
+
+steps = 400
+batch_size = 4
+micro_batch = 1  # four samples of the gates a step
+seq_len = 256
+lr = 1e-4
+warmup = 20
+dtype = "bfloat16"
+
+sparsity_warmup = 240
+gate_lr = 1.0
+multiplier_lr = 0.1
+log_alpha = 3.0
+phi = 200.0
+
+schedule = "dro"
+dynamic_reference = True
+dynamic_ratio = True
+reference_model = "SmolLM2-135M"
+
+eval_interval = 16
+eval_sequences = 4
+save_interval = 50
