@@ -16,6 +16,8 @@ import numpy as np
 
 FORMAT = 1  # of the data set on disk; a reader refuses any other
 SPLITS = ("train", "val", "test")
+# Each random stream has a tag in its key: numpy takes [s, t] and [s, t, 0] for the same one (masks.py has 3 and 4).
+DRAWS, ORDERS = 1, 2
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -51,8 +53,8 @@ class TokenData:
             raise ValueError(f"{self.path / 'meta.json'}: {error}") from None
         self.domains = sorted(counts) if domains is None else list(domains)
         for domain in self.domains:
-            if domain not in counts:
-                near = difflib.get_close_matches(domain, counts, n=1)
+            if str(domain) not in counts:
+                near = difflib.get_close_matches(str(domain), counts, n=1)
                 hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(counts))}"
                 raise ValueError(f"{self.path}: no domain {domain}{hint}")
         if not self.domains or len(set(self.domains)) < len(self.domains):
@@ -136,7 +138,7 @@ class BatchReader:
             raise ValueError(
                 f"domain weights must be {len(self.totals)} numbers >= 0 that sum to 1, for {names}: {weights}"
             )
-        rng = np.random.default_rng([self.seed, step])
+        rng = np.random.default_rng([self.seed, DRAWS, step])
         domains = rng.choice(len(weights), size=self.batch_size, p=weights / weights.sum())
         sequences = np.array([self._advance(d) for d in domains], np.int64)
         domains, sequences = domains[rows], sequences[rows]
@@ -150,8 +152,7 @@ class BatchReader:
         """Number of the next sequence of domain d."""
         epoch, i = divmod(self.counts[d], self.totals[d])
         if self._orders.get(d, (None,))[0] != epoch:
-            # The last 1 sets this stream apart from those of `next`: numpy takes [s, t] and [s, t, 0] for the same key.
-            rng = np.random.default_rng([self.seed, int(d), epoch, 1])
+            rng = np.random.default_rng([self.seed, ORDERS, int(d), epoch])
             self._orders[d] = epoch, rng.permutation(np.arange(self.totals[d], dtype=np.uint32))
         self.counts[d] += 1
         return int(self._orders[d][1][i])

@@ -42,7 +42,8 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) 
     check(losses=losses, reference=reference, ratio=p, rho=rho)
     excess = losses - reference
     worst, gap = excess == excess.max(), np.ptp(excess)
-    if rho == 0 or gap <= 1e-12 * max(1.0, np.abs(losses).max()):
+    # the argmax knows no scale: what is only float32's rounding must not become weights
+    if rho == 0 or gap <= 1e-6 * max(1.0, np.abs(losses).max()):
         return p / p.sum()
     excess = (excess - excess.max()) / gap  # neither an offset nor a scale changes the argmax: now in [-1, 0]
 
@@ -83,7 +84,8 @@ def sheared_weights(weights, losses, reference, step_size: float = 1.0, smoothin
 def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> np.ndarray:
     """Move the reference ratio towards the weights, p <- delta · q + (1 - delta) · p (section 3.3), within bounds.
 
-    Each share stays within [1/bound, bound] times its initial value and within the initial smallest and largest.
+    Each share is clipped to [1/bound, bound] times its initial value, then, renormalised, to the initial smallest and
+    largest; the last renormalisation may move it a little beyond.
     """
     ratio, q, initial = (np.asarray(x, np.float64) for x in (ratio, q, initial))
     p = delta * q + (1 - delta) * ratio
@@ -149,7 +151,7 @@ class Mixture:
 
         progress: share of the run that is done, 0 to 1. losses: validation losses (n,), nats. tokens: tokens of each
         domain seen (n,); tokens_end: expected at the end of the run. params, params_end: parameters left now, at the
-        end. Returns what to log: reference, prediction and laws (a domain without one has None and a reason).
+        end. Returns {"laws", "no_prediction"}: a ScalingLaw or None and the reason for none, a domain each.
         ValueError names the domain whose loss is not finite.
         """
         s, losses = self.state, np.asarray(losses, np.float64)

@@ -82,6 +82,16 @@ def speed(models: list[Llama]) -> list[dict[str, float]]:
     return [{f"{kind}_tokens_per_second": 1 / statistics.median(t[kind]) for kind in t} for t in seconds]
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a name, 'auto' for CUDA if there is one. ValueError for one that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = '{name}': {str(error).splitlines()[0]}") from None
+    return device
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done its work, where it works on its own."""
     if device.type == "cuda":
@@ -162,7 +172,7 @@ def evaluate(names: list[str], models: list[Llama], data: TokenData, args) -> di
             base = first[d] if first else {"loss": loss, "bits_per_byte": bits[d]}
             domains[d] = {
                 "loss": loss,
-                "perplexity": math.exp(loss),
+                "perplexity": math.exp(min(loss, 700)),
                 "bits_per_byte": bits[d],
                 "degradation": loss - base["loss"],
                 "degradation_bits_per_byte": bits[d] - base["bits_per_byte"],
@@ -220,20 +230,25 @@ def main():
     parser.add_argument("--tokens", type=int, default=200, help="tokens to sample")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto = cuda if there is one")
     with user_errors():
         args = parser.parse_args()
-        data = TokenData(args.data)
-        models = [load_model(path).to(args.device).eval() for path in args.models]
+        data, device = TokenData(args.data), find_device(args.device)
+        models = [load_model(path).to(device).eval() for path in args.models]
         for path, model in zip(args.models, models):
             check_tokenizer(path, model, data)
+        for name, low in (("sequences", 0), ("batch_size", 1), ("tokens", 1)):
+            if getattr(args, name) < low:
+                raise ValueError(f"--{name} {getattr(args, name)} must be at least {low}")
+        if args.json and not Path(args.json).absolute().parent.is_dir():
+            raise ValueError(f"--json {args.json}: no such directory")
         longest = min(model.config.max_seq_len for model in models)
         args.seq_len = args.seq_len or min(data.meta["window"], longest)
         if not 0 < args.seq_len <= longest:
             raise ValueError(f"--seq_len {args.seq_len}: the models take 1 to {longest} tokens")
         tokenizer = load_tokenizer(data.tokenizer) if args.sample is not None else None
     if tokenizer is not None:
-        prompt = torch.tensor([tokenizer.encode(args.sample).tolist() or [data.eot]], device=args.device)
+        prompt = torch.tensor([tokenizer.encode(args.sample).tolist() or [data.eot]], device=device)
         for path, model in zip(args.models, models):
             out = model.generate(prompt, args.tokens, args.temperature, args.seed)[0].tolist()
             print(f"--- {path}\n{tokenizer.decode(out)}")

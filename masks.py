@@ -32,6 +32,7 @@ from model import Gates, Llama, LlamaConfig
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # stretch and temperature
 LOG_ALPHA_MIN, LOG_ALPHA_MAX = math.log(1e-2), math.log(1e2)
+NOISE, CHOICE = 3, 4  # tags of random streams: gates must know nothing of the batch (data.py has 1 and 2)
 UNDECIDED = (0.05, 0.95)  # a gate whose P(z = 0) lies between is neither kept nor pruned yet
 
 
@@ -116,7 +117,7 @@ class PruningMasks(nn.Module):
 
     def sample(self, seed: int, step: int, micro_batch: int) -> Gates:
         """Gates with the noise of one micro-batch, the same on any number of processes and after a resume."""
-        rng = np.random.default_rng([seed, step, micro_batch])
+        rng = np.random.default_rng([seed, NOISE, step, micro_batch])
         z = {}
         for granularity, gates in self.gates().items():
             u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, gates.log_alpha.shape))
@@ -180,11 +181,11 @@ class PruningMasks(nn.Module):
 
     @torch.no_grad()
     def choose_(self, scores: Gates) -> None:
-        """Decide all gates at once, without learning: keep the highest scores of each row."""
+        """Decide all gates at once, without learning: the highest scores of each row get z = 1, the others 0."""
         for granularity, gates in self.gates().items():
             rank = getattr(scores, granularity).argsort(dim=-1, stable=True).argsort(dim=-1)
             kept = rank >= rank.shape[-1] - gates.keep
-            gates.log_alpha.copy_(torch.where(kept, LOG_ALPHA_MAX, LOG_ALPHA_MIN))
+            gates.log_alpha.copy_(torch.where(kept, math.inf, -math.inf))
 
 
 def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
@@ -210,7 +211,7 @@ def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
 @torch.no_grad()
 def random_scores(masks: PruningMasks, seed: int) -> Gates:
     """Scores drawn at random."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, CHOICE])
     return Gates(**{g: torch.from_numpy(rng.random(h.log_alpha.shape)) for g, h in masks.gates().items()})
 
 
@@ -237,8 +238,8 @@ def magnitude_scores(model: Llama) -> Gates:
 @torch.no_grad()
 def scores_of(masks: PruningMasks, description: dict) -> Gates:
     """Scores that choose what `describe` says of other gates. ValueError if it is of other shapes."""
-    if (description["source"], description["target"]) != (masks.source.shape, masks.target.shape):
-        raise ValueError(f"these gates prune {description['source']} to {description['target']}, not this model")
+    if [description.get(k) for k in ("source", "target")] != [masks.source.shape, masks.target.shape]:
+        raise ValueError("these gates are not of this source and target")
     scores = {}
     for granularity, gates in masks.gates().items():
         kept = torch.tensor(description[granularity]["kept"])

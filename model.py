@@ -34,7 +34,7 @@ LOGITS_AT_ONCE = 2**27  # the loss is computed in pieces of at most this many lo
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama. Every field but the last six is something structured pruning may look at; ValueError if it
+    """Shape of a Llama. What pruning may change comes first; ValueError if it
     cannot be."""
 
     vocab_size: int
@@ -245,7 +245,7 @@ class Llama(nn.Module):
         targets: Tensor | None = None,
         cache: list[KVCache] | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T); with `targets` (B, T) their cross entropies (B, T) in nats, float32.
+        """Logits (B, T, V) of tokens (B, T); with `targets` (B, T) their cross entropies (B, T), nats, float32 or more.
 
         z: gates, see `Gates`; None for the plain Llama. cache: one KVCache a layer, appended to.
         """
@@ -301,7 +301,8 @@ class Llama(nn.Module):
         for file in weight_files(path):
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    names = list(tensors.keys())
+                    # older files have the rotary frequencies, which follow from rope_theta
+                    names = [name for name in tensors.keys() if not name.endswith("rotary_emb.inv_freq")]
                 for name in names:  # a mapping each: pages of tensors that were copied do not stay in memory
                     with safe_open(file, framework="pt") as tensors:
                         state[name.removeprefix("model.")] = tensors.get_tensor(name).to(dtype, copy=True)
@@ -398,7 +399,10 @@ def read_config(path: Path) -> LlamaConfig:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path}: no model here (no config.json)")
-    raw = json.loads(file.read_text())
+    try:
+        raw = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not a model's config ({error})") from None
     for key, needed in HF_REQUIRED.items():
         if raw.get(key, needed) != needed:
             raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported, only {needed!r}")

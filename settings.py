@@ -107,7 +107,7 @@ def _named(kind: type) -> str:
 
 
 def load(cls: type, args: list[str]) -> Any:
-    """An instance of the dataclass `cls` from command-line arguments: config files and `--key=value`, in order.
+    """An instance of the dataclass `cls` from command-line arguments: config files, then `--key=value`.
 
     Prints the fields and exits for `--help`. Raises ValueError with all problems found, in one message.
     """
@@ -125,7 +125,7 @@ def load(cls: type, args: list[str]) -> Any:
         except (ValueError, TypeError, ArithmeticError) as error:
             problems.append(f"{where}: {key}: {error}")
 
-    for arg in args:
+    for arg in sorted(args, key=lambda arg: arg.startswith("-")):  # files first: what is given by hand wins
         if arg in ("-h", "--help"):
             print(help_text(cls))
             sys.exit(0)

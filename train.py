@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,6 +37,7 @@ from eval import (
     bits_per_byte,
     check_tokenizer,
     domain_losses,
+    find_device,
     load_model,
     model_directory,
     newest_checkpoint,
@@ -61,7 +61,9 @@ class Settings:
     data: Annotated[str, "data set made by prepare_data.py"] = "data/demo"
     domains: Annotated[list, "domains of it to use, [] = all"] = field(default_factory=list)
     out: Annotated[str, "directory of this run"] = "out/run"
-    resume: Annotated[str, "'auto': from the newest checkpoint; 'never': anew; a checkpoint: branch off"] = "auto"
+    resume: Annotated[
+        Literal["auto", "never"], "'auto': go on from the newest checkpoint in `out`; 'never': refuse if there is a run"
+    ] = "auto"
     save_interval: Annotated[int, "steps between checkpoints"] = 200
     keep_checkpoints: Annotated[int, "how many checkpoints to keep, the newest"] = 2
     stop_at: Annotated[int, "save and stop after this step as if interrupted, 0 = go to the end"] = 0
@@ -129,22 +131,34 @@ class Settings:
     log_interval: Annotated[int, "steps between log lines"] = 10
 
     def __post_init__(self):
-        at_least = {
-            1: "steps batch_size seq_len eval_interval eval_sequences log_interval save_interval keep_checkpoints"
-        }
-        at_least[0] = "lr min_lr warmup sparsity_warmup grad_clip rho floor delta stop_at micro_batch phi threads"
+        positive = "steps batch_size seq_len n_layer d_model n_head d_ffn eval_interval eval_sequences log_interval "
+        positive += "save_interval keep_checkpoints bound"
+        not_negative = (
+            "lr gate_lr multiplier_lr weight_decay eps warmup sparsity_warmup phi grad_clip rho step_size seed "
+        )
+        not_negative += "stop_at micro_batch threads n_kv_head head_dim "
+        not_negative += "target_n_layer target_d_model target_n_head target_d_ffn"
+        limits = {positive: (1, math.inf), not_negative: (0, math.inf), "min_lr delta": (0, 1)}
+        limits["beta1 beta2 floor"] = (0, 0.999)
         wrong = [
-            f"{name} = {getattr(self, name)} must be at least {low}"
-            for low, names in at_least.items()
+            f"{name} = {getattr(self, name)} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}")
+            for names, (low, high) in limits.items()
             for name in names.split()
-            if getattr(self, name) < low
+            if not (low <= getattr(self, name) <= high and math.isfinite(getattr(self, name)))
         ]
+        for name in ("ratio", "reference_losses"):
+            values = getattr(self, name).values()
+            if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
+                wrong.append(f"{name} = {getattr(self, name)} must have a number above 0 for each domain")
+        if not self.out:
+            wrong.append("out is empty")
         if self.micro_batch and self.batch_size % self.micro_batch:
             wrong.append(f"batch_size = {self.batch_size} must be a multiple of micro_batch = {self.micro_batch}")
-        if not 0 <= self.floor < 1:
-            wrong.append(f"floor = {self.floor} must be below 1")
-        if self.schedule == "sheared" and not (self.reference_losses or self.reference_model or self.dynamic_reference):
-            wrong.append("schedule = 'sheared' needs references: set reference_model or reference_losses")
+        references = self.reference_losses or self.reference_model or self.dynamic_reference
+        if self.schedule != "constant" and not references:
+            wrong.append(f"schedule = '{self.schedule}' needs references: set reference_model or reference_losses")
+        if self.gates != "learned" and not self.is_pruning:
+            wrong.append(f"gates = '{self.gates}' needs a target shape")
         if self.is_pruning and not self.init_from:
             wrong.append("a target shape needs a model to prune: set init_from")
         if wrong:
@@ -162,7 +176,7 @@ class Settings:
 
 
 # settings that may change when a run goes on
-FREE = {"resume", "stop_at", "save_interval", "keep_checkpoints", "log_interval", "device", "compile", "threads"}
+FREE = {"out", "resume", "stop_at", "save_interval", "keep_checkpoints", "log_interval", "device", "compile", "threads"}
 
 
 # -- what a run is made of ------------------------------------------------------------------------------------------
@@ -210,6 +224,8 @@ def make_model(s: Settings, data: TokenData) -> tuple[Llama, PruningMasks | None
         )
     masks = PruningMasks(source, target, s.sparsity_warmup, s.log_alpha, s.phi)
     masks.clamp_()
+    if not masks.gates():
+        raise ValueError(f"the target shape is that of {s.init_from}: there is nothing to prune")
     if s.gates == "learned":
         return model, masks
     if s.gates == "random":
@@ -239,8 +255,6 @@ def make_mixture(s: Settings, data: TokenData, references: dict[str, float] | No
             raise ValueError(
                 f"{name} must name the domains {', '.join(data.domains)}, not {', '.join(map(str, given))}"
             )
-    if any(not share > 0 for share in s.ratio.values()):
-        raise ValueError(f"ratio: every domain needs a share above 0, leave a domain out with `domains`: {s.ratio}")
     return Mixture(
         data.domains,
         [s.ratio[d] if s.ratio else data.tokens(d, "train").size for d in data.domains],
@@ -269,38 +283,32 @@ def lr_scale(step: int, s: Settings) -> float:
 
 
 class Run:
-    """A run's directory: config.json, metrics.jsonl, checkpoints/step_NNNNNN/, model/."""
+    """A run's directory: config.json, metrics.jsonl, checkpoints/step_NNNNNN/, model/.
+
+    `finished` runs have a model; `state` is that of the newest checkpoint, None where a run is to be started.
+    """
 
     def __init__(self, s: Settings):
         self.path = Path(s.out)
-        newest = newest_checkpoint(self.path)
-        self.checkpoint = {"auto": newest, "never": None}.get(s.resume, Path(s.resume))
-        self.state, self.metrics_so_far = None, b""
-        if self.checkpoint is None:
-            if s.resume == "never" and (self.path / "metrics.jsonl").exists():
-                raise ValueError(f"{s.out} holds a run already: remove it, or choose another --out, or resume='auto'")
+        self.finished = (self.path / "model" / "config.json").exists()
+        self.checkpoint = newest_checkpoint(self.path)
+        self.state = json.loads((self.checkpoint / "state.json").read_text()) if self.checkpoint else None
+        if not self.finished and self.state is None:
             return
-        if not (self.checkpoint / "state.json").is_file():
-            raise ValueError(f"resume = '{s.resume}': no checkpoint there; 'auto', 'never' or a step_NNNNNN")
-        origin = self.checkpoint.parent.parent
-        if newest is not None and self.checkpoint.resolve() != newest.resolve():
-            raise ValueError(f"resume = '{s.resume}' is not the newest checkpoint of {s.out}: choose another --out")
-        self.state = json.loads((self.checkpoint / "state.json").read_text())
-        # what a dead run logged after its last checkpoint will be logged again
-        self.metrics_so_far = (origin / "metrics.jsonl").read_bytes()[: self.state["metrics_bytes"]]
-        old, new = json.loads((origin / "config.json").read_text()), asdict(s)
+        if s.resume == "never":
+            raise ValueError(f"{s.out} holds a run already: remove it, or choose another --out, or resume='auto'")
+        old, new = json.loads((self.path / "config.json").read_text()), asdict(s)
         changed = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if k not in FREE and old.get(k) != new[k]]
-        if changed and s.resume == "auto":
+        if changed:
             raise ValueError(f"{s.out} was started with other settings, choose another --out: {'; '.join(changed)}")
 
     def open(self, s: Settings) -> None:
         """Make the directory and open metrics.jsonl: nothing is written before everything was found to be right."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+        # what a dead run logged after its last checkpoint will be logged again
         self.metrics = open(self.path / "metrics.jsonl", "ab")
-        if os.path.getsize(self.metrics.name) < len(self.metrics_so_far):  # branches off from another run
-            self.metrics.write(self.metrics_so_far)
-        self.metrics.truncate(len(self.metrics_so_far))
+        self.metrics.truncate(self.state["metrics_bytes"] if self.state else 0)
 
     def log(self, **line) -> None:
         """Append one line to metrics.jsonl."""
@@ -312,8 +320,9 @@ class Run:
         final = self.path / "checkpoints" / f"step_{step:06d}"
         if final.exists():
             return
+        for left_over in final.parent.glob("*.partial"):
+            shutil.rmtree(left_over)
         partial = final.with_name(final.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         weights, moments = get_state_dict(tree, optimizer)
         dcp.save({"weights": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=True)
         self.metrics.flush()
@@ -321,7 +330,7 @@ class Run:
         state = {**state, "step": step, "metrics_bytes": os.fstat(self.metrics.fileno()).st_size}
         (partial / "state.json").write_text(json.dumps(state))
         partial.rename(final)
-        for old in sorted(final.parent.glob("step_??????"))[:-keep]:
+        for old in sorted(final.parent.glob("step_*"), key=lambda p: int(p.name[5:]))[:-keep]:
             shutil.rmtree(old)
 
     def load(self, tree: nn.Module, optimizer) -> None:
@@ -337,21 +346,27 @@ class Run:
 def main():
     with user_errors():
         s = load(Settings, sys.argv[1:])
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device = '{s.device}': this machine has no CUDA device")
+        device = find_device(s.device)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
         torch.set_num_threads(s.threads or torch.get_num_threads())
         torch.backends.cuda.matmul.allow_tf32 = True
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("several processes are not supported yet: start one, `python train.py ...`")
         data = TokenData(s.data, s.domains or None)
         run = Run(s)
+        if run.finished:
+            print(f"{run.path / 'model'} is finished already")
+            return
+        reader = BatchReader(data, s.seq_len, s.batch_size, s.seed)
+        for domain in data.domains:
+            data.eval_sequences(domain, "val", s.seq_len, 1)  # is there enough text?
         model, masks = make_model(s, data)
         references = s.reference_losses or None
         if references is None and s.reference_model and run.state is None:
             print(f"measuring the reference losses on {s.reference_model}", flush=True)
             teacher = load_model(s.reference_model, finished=True).to(device)
-            references = domain_losses(teacher, data, "val", s.seq_len, s.eval_sequences, s.batch_size)
+            with autocast:
+                references = domain_losses(teacher, data, "val", s.seq_len, s.eval_sequences, s.batch_size)
             del teacher
         mixture = make_mixture(s, data, references)
         run.open(s)
@@ -361,9 +376,7 @@ def main():
     tree = nn.ModuleDict({"model": model} | ({"masks": masks} if masks else {})).to(device)
     optimizer = make_optimizer(s, model, masks)
     rates = [group["lr"] for group in optimizer.param_groups]
-    reader = BatchReader(data, s.seq_len, s.batch_size, s.seed)
     forward = torch.compile(model) if s.compile else model
-    autocast = torch.autocast(device.type, torch.bfloat16) if s.dtype == "bfloat16" else nullcontext()
     micro_batch = s.micro_batch or s.batch_size
     tokens_per_step, n_domains = s.batch_size * s.seq_len, len(data.domains)
     params_end = float(masks.target.n_params() if masks else model.config.n_params())
@@ -483,9 +496,7 @@ def main():
         if not torch.isfinite(loss + constraint + norm):
             bad = [data.domains[i] for i in (~torch.isfinite(sums)).nonzero().flatten()]
             where = f"cross entropy of domain {', '.join(bad)}" if bad else "constraint or gradient"
-            sys.exit(
-                f"train.py: step {step}: the {where} is not finite; nothing was updated, the last checkpoint is whole"
-            )
+            sys.exit(f"train.py: step {step}: the {where} is not finite; nothing was updated")
         optimizer.step()
         optimizer.zero_grad()
         if masks:
@@ -528,15 +539,13 @@ def main():
             print(f"stopped after step {done}; the same command goes on from here")
             sys.exit(130 if signal.SIGINT in interrupted else 0)
 
-    if (run.path / "model" / "config.json").exists():
-        print(f"{run.path / 'model'} is finished already")
-        return
     if masks:
         small = extract(model, masks).to(device)
         picture, kept = gate_picture(masks.deterministic(at_target=True)), describe(masks)
     else:
         small, picture, kept = model, None, None
-    losses = domain_losses(small, data, "val", s.seq_len, s.eval_sequences, micro_batch)
+    with autocast:
+        losses = domain_losses(small, data, "val", s.seq_len, s.eval_sequences, micro_batch)
     run.log(
         type="end",
         step=s.steps,

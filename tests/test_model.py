@@ -155,6 +155,14 @@ def test_what_cannot_be_read_is_named(mistake, tmp_path):
     assert words in str(error.value)
 
 
+def test_rotary_frequencies_of_older_files_are_no_weights(tmp_path):
+    ours = random_llama(MHA)
+    ours.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, tmp_path / "model.safetensors")
+    assert torch.equal(Llama.from_pretrained(tmp_path).lm_head.weight, ours.lm_head.weight)
+
+
 def test_missing_surplus_and_broken_files_are_named(tmp_path):
     random_llama(MHA).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -3,10 +3,12 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import transformers
 from conftest import SHAPE, metrics, run
 
 import train
-from data import TokenData
+from data import BatchReader, TokenData
 from eval import domain_losses, load_model
 from masks import PruningMasks
 from model import Llama, LlamaConfig
@@ -126,23 +128,99 @@ def test_micro_batches_change_nothing_but_rounding(tiny_data, tmp_path, monkeypa
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
 
 
-def test_a_checkpoint_of_another_run_can_be_gone_on_from_with_other_settings(chain, tmp_path, monkeypatch):
-    """`resume=PATH` branches off: the history up to there is kept, what differs may be changed, the origin stays."""
+def test_a_finished_run_is_left_as_it_is(chain, monkeypatch, capsys):
+    out, args = chain
+    for stage in out:
+        before = {p: p.read_bytes() for p in out[stage].rglob("*") if p.is_file()}
+        assert run(monkeypatch, *args[stage]) == 0 and "finished already" in capsys.readouterr().out
+        assert before == {p: p.read_bytes() for p in out[stage].rglob("*") if p.is_file()}
+    assert run(monkeypatch, *args["prune"], "--steps=61") == 2
+    assert "steps was 60, now 61" in capsys.readouterr().err
+
+
+def test_a_finished_run_whose_checkpoints_were_deleted_is_still_finished(tiny_data, tmp_path, monkeypatch, capsys):
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=2"]
+    assert run(monkeypatch, *args) == 0
+    shutil.rmtree(tmp_path / "x" / "checkpoints")
+    before = {p: p.read_bytes() for p in (tmp_path / "x").rglob("*") if p.is_file()}
+    assert run(monkeypatch, *args) == 0 and run(monkeypatch, *args, "--lr=1.0") == 2
+    assert before == {p: p.read_bytes() for p in (tmp_path / "x").rglob("*") if p.is_file()}
+
+
+def test_three_steps_of_pruning_by_hand(chain, tiny_data, tmp_path, monkeypatch):
+    """The loop against three steps written out: batches by the logged weights, a gate sample a micro-batch, cross entropy
+    + constraint, one clipping over everything, AdamW down for weights and gates and up for multipliers."""
     out, args = chain
     mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["prune"]]
-    assert run(monkeypatch, *mine, "--stop_at=30") == 0
-    before = (tmp_path / "x" / "metrics.jsonl").read_bytes()
-    branch = [f"--out={tmp_path / 'y'}" if a.startswith("--out=") else a for a in mine]
-    checkpoint = tmp_path / "x" / "checkpoints" / "step_000030"
-    assert run(monkeypatch, *branch, f"--resume={checkpoint}") == 0
-    assert (tmp_path / "y" / "metrics.jsonl").read_bytes().startswith(before)
-    assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == before
-    name = Path("model") / "model.safetensors"
-    assert (tmp_path / "y" / name).read_bytes() == (out["prune"] / name).read_bytes()
-    branch = [f"--out={tmp_path / 'z'}" if a.startswith("--out=") else a for a in mine]
-    assert run(monkeypatch, *branch, f"--resume={checkpoint}", "--schedule=constant", "--steps=40") == 0
-    assert metrics(tmp_path / "z", "end")[0]["step"] == 40
-    assert run(monkeypatch, *mine, f"--resume={tmp_path / 'x' / 'checkpoints' / 'step_000020'}") == 2  # would lose 30
+    mine += [
+        "--eval_interval=1",
+        "--log_interval=1",
+        "--save_interval=1",
+        "--stop_at=3",
+        "--warmup=2",
+        "--grad_clip=0.5",
+    ]
+    assert run(monkeypatch, *mine, "--weight_decay=0.01") == 0
+    data, model = TokenData(tiny_data), load_model(out["pretrain"])
+    c = model.config
+    target = replace(c, n_layer=2, d_model=24, n_head=2, n_kv_head=2, d_ffn=32)
+    masks = PruningMasks(c, target, 20, log_alpha=3.0, phi=200.0)
+    weights, gates = list(model.parameters()), [h.log_alpha for h in masks.gates().values()]
+    down = torch.optim.AdamW([{"params": weights, "weight_decay": 0.01}, {"params": gates, "weight_decay": 0.0}],
+                             betas=(0.9, 0.95), eps=1e-8)  # fmt: skip
+    up = torch.optim.AdamW(masks.multipliers.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, maximize=True)
+    reader = BatchReader(data, 64, 4, seed=0)
+    lines, evals = metrics(tmp_path / "x", "train"), metrics(tmp_path / "x", "eval")
+    drawn = dict.fromkeys(data.domains, 0)
+    for step in range(3):
+        scale = (step + 1) / 2 if step < 2 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 58))
+        for group, rate in zip([*down.param_groups, *up.param_groups], (3e-3, 1.0, 0.1)):
+            group["lr"] = rate * scale
+        assert lines[step]["lr"] == pytest.approx(3e-3 * scale)
+        tokens, domain = reader.next(step, np.array([evals[step]["weights"][d] for d in data.domains]))
+        tokens = torch.from_numpy(tokens)
+        for d in domain:
+            drawn[data.domains[d]] += 64
+        assert evals[step + 1]["domain_tokens"] == drawn
+        z = [masks.sample(0, step, i) for i in range(2)]
+        logits = torch.cat([model(tokens[2 * i : 2 * i + 2, :-1], z[i]) for i in range(2)])
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
+        assert lines[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        constraint = masks.lagrangian(step)[0]
+        assert lines[step]["constraint"] == pytest.approx(constraint.item(), rel=1e-4, abs=1e-6)
+        for optimizer in (down, up):
+            optimizer.zero_grad()
+        (loss + constraint).backward()
+        norm = torch.cat([p.grad.flatten() for p in [*weights, *masks.parameters()]]).norm()
+        assert lines[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.5
+        for p in [*weights, *masks.parameters()]:
+            p.grad *= 0.5 / (norm + 1e-6)
+        down.step(), up.step()
+        for log_alpha in gates:
+            log_alpha.data.clamp_(-math.log(100), math.log(100))
+        for granularity, (lam, phi) in masks.multipliers.items():
+            assert lines[step]["lambda"][granularity] == pytest.approx(lam.item(), rel=1e-4)
+            assert lines[step]["phi"][granularity] == pytest.approx(phi.item(), rel=1e-6)
+        with torch.no_grad():  # validation: deterministic gates, as many zeros as are expected now
+            losses = domain_losses(model, data, "val", 64, 4, 2, masks.deterministic(at_target=False))
+        assert evals[step + 1]["loss"] == pytest.approx(losses, rel=1e-4)
+        assert evals[step + 1]["parameters"] == pytest.approx(masks.expected_params().item(), rel=1e-5)
+
+
+def test_the_gates_know_nothing_of_the_batch(tiny_data):
+    """Neither stream of randomness may be a function of the other, at any micro-batch."""
+    data = TokenData(tiny_data)
+    reader, weights = BatchReader(data, 16, 8, seed=0), np.full(3, 1 / 3)
+    masks = PruningMasks(LlamaConfig(257, 8, 16, 2, 2, 8, 16, 16), LlamaConfig(257, 4, 16, 2, 2, 8, 16, 16), 10, 0.0)
+    domains, layers = [], []
+    for step in range(400):
+        domains.append(reader.next(step, weights)[1])
+        layers.append([masks.sample(0, step, i).layer.detach().numpy() for i in range(2)])
+    domains, layers = np.array(domains, float), np.array(layers)  # (400, 8), (400, 2, 8)
+    for i in range(2):
+        correlation = np.corrcoef(domains.T, layers[:, i].T)[:8, 8:]
+        assert np.abs(correlation).max() < 0.25
+    assert np.abs(np.corrcoef(layers[:, 0].T, layers[:, 1].T)[:8, 8:]).max() < 0.25
 
 
 @pytest.mark.parametrize("how", ["random", "magnitude"])
@@ -215,7 +293,16 @@ MISTAKES = {
     "float for int": (["--steps=1.5"], "1.5 is a number, a whole number is needed"),
     "no value": (["--compile"], "a value is needed, as in --compile=VALUE"),
     "unknown choice": (["--schedule=droo"], "'droo' is not one of 'constant', 'sheared', 'dro'"),
-    "two at once": (["--steps=0", "--floor=2.0"], "steps = 0 must be at least 1; floor = 2.0 must be below 1"),
+    "two at once": (["--steps=0", "--floor=2.0"], "steps = 0 must be at least 1; floor = 2.0 must be 0 to 0.999"),
+    "negative seed": (["--seed=-1"], "seed = -1 must be at least 0"),
+    "beta": (["--beta1=1.0"], "beta1 = 1.0 must be 0 to 0.999"),
+    "infinite": (["--lr=1e999"], "lr = inf must be at least 0"),
+    "ratio of text": (["--ratio={'animals': 'x', 'brackets': 1, 'sums': 1}"], "must have a number above 0 for each"),
+    "sequences longer than the text": (["--seq_len=100000"], "of 100000"),
+    "sequences longer than val": (["--seq_len=20000"], "val of domain"),
+    "no heads": (["--n_head=0"], "n_head = 0 must be at least 1"),
+    "domains of numbers": (["--domains=[1]"], "no domain 1"),
+    "gates of a dense run": (["--gates=magnitude"], "gates = 'magnitude' needs a target shape"),
     "no such config": (["config/toy_prun.py"], "config/toy_prun.py: no such config file; there are config/"),
     "no data": (["--data=data/nothing"], "data/nothing: no data set there"),
     "misspelt domain": (["--domains=['animal']"], "no domain animal, did you mean animals?"),
@@ -224,8 +311,9 @@ MISTAKES = {
     "no such model": (["--init_from=out/nothing"], "out/nothing: no such model or run"),
     "micro batch": (["--micro_batch=3"], "batch_size = 4 must be a multiple of micro_batch = 3"),
     "sheared without references": (["--schedule=sheared"], "needs references"),
-    "device": (["--device=cuda"], "no CUDA device"),
-    "resume": (["--resume=out/nothing"], "resume = 'out/nothing': no checkpoint there"),
+    "dro without references": (["--schedule=dro"], "needs references"),
+    "device": (["--device=foo"], "device = 'foo'"),
+    "resume": (["--resume=yes"], "'yes' is not one of 'auto', 'never'"),
 }  # fmt: skip
 
 
@@ -247,6 +335,10 @@ def test_mistakes_about_models_and_runs(chain, tiny_data, tmp_path, monkeypatch,
             "n_layer = 9 is larger than the source's 3",
         ),
         ([*args["prune"], f"--out={tmp_path / 'x'}", "--target_d_model=25"], "must be a multiple of the 2 heads kept"),
+        (
+            [f"--data={tiny_data}", f"--init_from={out['pretrain']}", f"--out={tmp_path / 'x'}", "--target_n_layer=3"],
+            "there is nothing to prune",
+        ),
         ([*args["prune"], f"--out={tmp_path / 'x'}", "--seq_len=128"], "was made for 64 tokens at most"),
         ([*args["prune"], "--lr=1.0"], "started with other settings, choose another --out: lr was 0.003, now 1.0"),
         ([*args["prune"], "--resume=never"], "holds a run already"),
