@@ -148,8 +148,8 @@ def test_a_finished_run_whose_checkpoints_were_deleted_is_still_finished(tiny_da
 
 
 def test_three_steps_of_pruning_by_hand(chain, tiny_data, tmp_path, monkeypatch):
-    """The loop against three steps written out: batches by the logged weights, a gate sample a micro-batch, cross entropy
-    + constraint, one clipping over everything, AdamW down for weights and gates and up for multipliers."""
+    """The loop against three steps written out: batches by the logged weights, a gate sample a micro-batch, cross
+    entropy + constraint, one clipping over everything, AdamW down for weights and gates and up for multipliers."""
     out, args = chain
     mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["prune"]]
     mine += [
