@@ -25,7 +25,7 @@ dtype = "bfloat16"
 
 sparsity_warmup = 240
 gate_lr = 1.0
-multiplier_lr = 0.1
+multiplier_lr = 1.0
 log_alpha = 3.0
 phi = 200.0
 

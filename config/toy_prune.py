@@ -18,7 +18,7 @@ warmup = 40
 
 sparsity_warmup = 240  # a slow ramp: what goes early goes by chance
 gate_lr = 1.0
-multiplier_lr = 0.1
+multiplier_lr = 1.0
 log_alpha = 3.0
 phi = 200.0
 
