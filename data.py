@@ -111,7 +111,7 @@ class TokenData:
 
 
 class BatchReader:
-    """Batches of training sequences, each sequence's domain drawn from the weights of the moment (DESIGN 2.7).
+    """Batches of training sequences, each sequence's domain drawn from the weights of the moment.
 
     A domain's sequences come in the order of a permutation keyed by (seed, domain, epoch): none comes back before all
     have come. What a batch holds follows from (seed, step, weights) and one counter a domain, which is all the state.

@@ -1,6 +1,6 @@
 """The Llama, with a hook for every gate that structured pruning needs, and its Hugging Face checkpoint format.
 
-    x      = embed(tokens) · z_hidden                                     DESIGN: where the gates enter
+    x      = embed(tokens) · z_hidden
     x      = x + z_layer · z_hidden · attention(norm(x), z_head)
     x      = x + z_layer · z_hidden · ffn(norm(x), z_ffn)
     logits = lm_head(norm(x))
