@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch.distributed import checkpoint as dcp
 
+import parallel
+from checkpoint import newest_checkpoint
 from data import TokenData
 from masks import PruningMasks, extract
 from model import Gates, KVCache, Llama, LlamaConfig
@@ -41,17 +43,22 @@ PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens gen
 def domain_losses(
     model, data: TokenData, split: str, seq_len: int, sequences: int, batch_size: int, z: Gates | None = None
 ) -> dict[str, float]:
-    """Mean cross entropy in nats a token of each domain, over `sequences` windows spread evenly (0: over all)."""
-    device = model.embed_tokens.weight.device
-    losses = {}
-    for domain in data.domains:
+    """Mean cross entropy in nats a token of each domain, over `sequences` windows spread evenly (0: over all).
+
+    Several processes share the windows, and all get the same numbers.
+    """
+    device, rank, size = parallel.local(model.embed_tokens.weight).device, parallel.rank(), parallel.size()
+    totals, tokens_seen = torch.zeros(len(data.domains), dtype=torch.float64, device=device), []
+    for total, domain in zip(totals, data.domains):
         tokens = torch.from_numpy(data.eval_sequences(domain, split, seq_len, sequences))
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in tokens.split(batch_size):
-            batch = batch.to(device, non_blocking=True)
-            total += model(batch[:, :-1], z, targets=batch[:, 1:]).double().sum()
-        losses[domain] = total / (tokens.shape[0] * seq_len)
-    return {domain: loss.item() for domain, loss in losses.items()}
+        n = len(tokens)
+        # as many rows for each process, or one would wait for the others: those past the end do not count
+        for rows in torch.arange(rank, -(-n // size) * size, size).split(batch_size):
+            batch, counts = tokens[rows % n].to(device, non_blocking=True), (rows < n).to(device, non_blocking=True)
+            total += (model(batch[:, :-1], z, targets=batch[:, 1:]).sum(1, dtype=torch.float64) * counts).sum()
+        tokens_seen.append(n * seq_len)
+    losses = parallel.sum_(totals).tolist()
+    return {domain: loss / n for domain, loss, n in zip(data.domains, losses, tokens_seen)}
 
 
 def bits_per_byte(losses: dict[str, float], data: TokenData, split: str) -> dict[str, float]:
@@ -101,12 +108,6 @@ def synchronize(device: torch.device) -> None:
 # -- models from runs -----------------------------------------------------------------------------------------------
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the most steps of a run, or None."""
-    found = [p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
-
-
 def model_directory(path: str | Path) -> Path | None:
     """The directory in Hugging Face's format that `path` is, or that the finished run `path` holds; None otherwise."""
     path = Path(path)
@@ -117,11 +118,11 @@ def model_directory(path: str | Path) -> Path | None:
     return None
 
 
-def check_tokenizer(path: str | Path, model: Llama, data: TokenData) -> None:
+def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> None:
     """ValueError unless the model can read the data: a vocabulary as large, and its own tokenizer if it has one."""
-    if model.config.vocab_size < data.vocab_size:
+    if config.vocab_size < data.vocab_size:
         raise ValueError(
-            f"{path}: its vocabulary has {model.config.vocab_size} tokens, {data.path} needs {data.vocab_size} "
+            f"{path}: its vocabulary has {config.vocab_size} tokens, {data.path} needs {data.vocab_size} "
             f"({data.tokenizer}): prepare the text with the model's own tokenizer"
         )
     directory = model_directory(path)
@@ -133,15 +134,11 @@ def check_tokenizer(path: str | Path, model: Llama, data: TokenData) -> None:
             )
 
 
-def load_model(path: str | Path, finished: bool = False) -> Llama:
-    """The model of a run, of one of its checkpoints, or of a model directory, in float32. ValueError if there is none,
-    or if it has to be `finished` and the run is still going on."""
+def load_model(path: str | Path) -> Llama:
+    """The model of a run, of one of its checkpoints, or of a model directory, in float32; ValueError if none."""
     path = Path(path)
     if (directory := model_directory(path)) is not None:
         return Llama.from_pretrained(directory)
-    if finished:
-        what = "this run is not finished, run it to its end first" if path.is_dir() else "no such model or run"
-        raise ValueError(f"{path}: {what}")
     checkpoint = path if (path / "state.json").is_file() else newest_checkpoint(path)
     if checkpoint is None:
         what = "has no model and no checkpoint yet" if path.is_dir() else "no such model, run or checkpoint"
@@ -236,7 +233,7 @@ def main():
         data, device = TokenData(args.data), find_device(args.device)
         models = [load_model(path).to(device).eval() for path in args.models]
         for path, model in zip(args.models, models):
-            check_tokenizer(path, model, data)
+            check_tokenizer(path, model.config, data)
         for name, low in (("sequences", 0), ("batch_size", 1), ("tokens", 1)):
             if getattr(args, name) < low:
                 raise ValueError(f"--{name} {getattr(args, name)} must be at least {low}")

@@ -115,13 +115,15 @@ class PruningMasks(nn.Module):
         """granularity -> its HardConcrete, for those that are pruned."""
         return {g: getattr(self, g) for g in self.multipliers}
 
-    def sample(self, seed: int, step: int, micro_batch: int) -> Gates:
-        """Gates with the noise of one micro-batch, the same on any number of processes and after a resume."""
-        rng = np.random.default_rng([seed, NOISE, step, micro_batch])
+    def sample(self, seed: int, step: int, part: int) -> Gates:
+        """Gates with the noise of one part of a step's batch, the same for any number of processes."""
+        rng = np.random.default_rng([seed, NOISE, step, part])
         z = {}
         for granularity, gates in self.gates().items():
-            u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, gates.log_alpha.shape))
-            z[granularity] = gates.sample(u.to(gates.log_alpha, non_blocking=True))
+            u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, gates.log_alpha.shape)).to(gates.log_alpha.dtype)
+            if gates.log_alpha.is_cuda:
+                u = u.pin_memory()  # or the copy would wait for the device
+            z[granularity] = gates.sample(u.to(gates.log_alpha.device, non_blocking=True))
         return Gates(**z)
 
     def deterministic(self, at_target: bool = True) -> Gates:

@@ -18,7 +18,9 @@ Shapes: B batch, T time, D d_model, H query heads, G key/value heads (groups), K
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +75,15 @@ class LlamaConfig:
         layer = attention + 3 * self.d_model * self.d_ffn + 2 * self.d_model
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         return self.n_layer * layer + embeddings + self.d_model
+
+    def flops_per_token(self, seq_len: int, backward: bool = True) -> float:
+        """Floating-point operations a token in sequences of `seq_len`: 2 a weight of each matrix product, and causal
+        attention's; three times as many with the backward pass. Nothing is counted for recomputation."""
+        matrices = self.n_params() - (2 * self.n_layer + 1) * self.d_model
+        if not self.tie_embeddings:
+            matrices -= self.vocab_size * self.d_model  # looking a row up is no product
+        attention = 2 * self.n_layer * seq_len * self.n_head * self.head_dim  # q·k and p·v, half of them masked
+        return (3 if backward else 1) * (2 * matrices + attention)
 
 
 class Gates(NamedTuple):
@@ -219,6 +230,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.checkpoint_layers = False  # keep only each layer's input for the backward pass, compute the rest again
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -226,16 +238,26 @@ class Llama(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def init_weights(self, seed: int) -> "Llama":
-        """Draw all weights: N(0, 0.02²), maps into the residual stream smaller by 1/sqrt(2L) (GPT-2). Returns self."""
-        generator = torch.Generator(self.embed_tokens.weight.device).manual_seed(seed)
-        for name, weight in self.named_parameters():
-            if weight.dim() == 1:
-                nn.init.ones_(weight)
-            else:
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each parameter of a model from scratch, float32 on the CPU, one at a time.
+
+        N(0, 0.02²), maps into the residual stream smaller by 1/sqrt(2L) (GPT-2). It needs shapes only (a model on the
+        meta device), so that processes which hold a part of the model each draw the same numbers.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            weight = torch.ones(parameter.shape)
+            if weight.dim() > 1:
                 into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / (2 * self.config.n_layer) ** 0.5 if into_stream else 0.02
                 nn.init.normal_(weight, std=std, generator=generator)
+            yield name, weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Llama":
+        """Draw all weights, see `initial_weights`. Returns self."""
+        for parameter, (_, weight) in zip(self.parameters(), self.initial_weights(seed)):
+            parameter.copy_(weight)
         return self
 
     def forward(
@@ -257,7 +279,11 @@ class Llama(nn.Module):
             x = x * z.hidden.to(x.dtype)
         cos_sin = [part.to(x.dtype) for part in rope(position, self.config, at_least_float32(x.dtype))]
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos_sin, z.at(i), None if cache is None else cache[i])
+            inputs = (x, cos_sin, z.at(i), None if cache is None else cache[i])
+            if self.checkpoint_layers and torch.is_grad_enabled():  # nothing is random inside: no generator to keep
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*inputs)
         x = self.norm(x, z.hidden)
         return self.lm_head(x) if targets is None else self._cross_entropy(x, targets)
 
@@ -271,7 +297,8 @@ class Llama(nn.Module):
         if len(pieces) == 1:
             return piece(*pieces[0]).view_as(targets)
         # float32 logits of a whole micro-batch would be the largest tensor of all: recompute each piece's backwards
-        return torch.cat([checkpoint(piece, *p, use_reentrant=False) for p in pieces]).view_as(targets)
+        again = partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(*p) for p in pieces]).view_as(targets)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, n: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
@@ -293,34 +320,12 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> "Llama":
         """Read a Hugging Face Llama directory. ValueError or OSError names what is missing, misshapen or unknown."""
-        path = Path(path)
-        config = read_config(path)
         with torch.device("meta"):
-            model = cls(config)
-        state, expected = {}, dict(model.named_parameters())
-        for file in weight_files(path):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    # older files have the rotary frequencies, which follow from rope_theta
-                    names = [name for name in tensors.keys() if not name.endswith("rotary_emb.inv_freq")]
-                for name in names:  # a mapping each: pages of tensors that were copied do not stay in memory
-                    with safe_open(file, framework="pt") as tensors:
-                        state[name.removeprefix("model.")] = tensors.get_tensor(name).to(dtype, copy=True)
-            except SafetensorError as error:
-                raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-        if config.tie_embeddings:
-            state.pop("lm_head.weight", None)  # some writers store the tied weight twice
-        wrong = [f"{n} is missing" for n in expected.keys() - state.keys()]
-        wrong += [f"{n} is not part of this Llama" for n in state.keys() - expected.keys()]
-        wrong += [
-            f"{n} has shape {tuple(state[n].shape)}, config.json says {tuple(expected[n].shape)}"
-            for n in expected.keys() & state.keys()
-            if state[n].shape != expected[n].shape
-        ]
-        if wrong:
-            raise ValueError(f"{path}: {len(wrong)} tensors do not fit: {', '.join(sorted(wrong)[:4])}")
-        model.load_state_dict(state, strict=not config.tie_embeddings, assign=True)
-        if config.tie_embeddings:
+            model = cls(read_config(Path(path)))
+        read = open_weights(Path(path), model)
+        state = {name: read(name).to(dtype, copy=True) for name in dict(model.named_parameters())}
+        model.load_state_dict(state, strict=not model.config.tie_embeddings, assign=True)
+        if model.config.tie_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model
 
@@ -382,16 +387,42 @@ HF_REQUIRED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": Fa
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model directory; ValueError names one that is not there."""
+def open_weights(path: Path, model: Llama) -> Callable[..., Tensor]:
+    """Open the safetensors files of a model directory: read(name, rows=slice(None)) gives a parameter, or some rows of
+    it, as they are stored. Only headers are read here. ValueError unless the files hold just `model`'s parameters."""
     index = path / INDEX
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    )
-    for name in names:
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name}: no such file; a model directory holds config.json and model.safetensors")
-    return [path / name for name in names]
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    places, expected = {}, dict(model.named_parameters())
+    for file in (path / name for name in names):
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; a model directory holds config.json and model.safetensors")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    places[key.removeprefix("model.")] = file, key, tuple(tensors.get_slice(key).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    # older files have the rotary frequencies, which follow from rope_theta; some writers store a tied weight twice
+    redundant = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * model.config.tie_embeddings
+    places = {name: place for name, place in places.items() if not name.endswith(redundant)}
+    wrong = [f"{n} is missing" for n in expected.keys() - places.keys()]
+    wrong += [f"{n} is not part of this Llama" for n in places.keys() - expected.keys()]
+    wrong += [
+        f"{n} has shape {places[n][2]}, config.json says {tuple(expected[n].shape)}"
+        for n in expected.keys() & places.keys()
+        if places[n][2] != expected[n].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit: {', '.join(sorted(wrong)[:4])}")
+
+    def read(name: str, rows: slice = slice(None)) -> Tensor:
+        file, key, _ = places[name]
+        with safe_open(file, framework="pt") as tensors:  # a mapping each: pages that were copied do not stay in memory
+            return tensors.get_slice(key)[rows]
+
+    return read
 
 
 def read_config(path: Path) -> LlamaConfig:

@@ -15,6 +15,7 @@ import ast
 import dataclasses
 import difflib
 import operator
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -45,7 +46,8 @@ def user_errors():
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             error = f"{error.filename}: {error.strerror}"
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes, one on each machine
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

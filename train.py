@@ -16,34 +16,30 @@ domain moves the domain weights (dro.py). A run that is stopped goes on from its
 
 import json
 import math
-import os
+import resource
 import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from torch import nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+import cost
+import parallel
+from checkpoint import Run, newest_checkpoint
 from data import BatchReader, TokenData
 from dro import Mixture
-from eval import (
-    bits_per_byte,
-    check_tokenizer,
-    domain_losses,
-    find_device,
-    load_model,
-    model_directory,
-    newest_checkpoint,
-)
+from eval import bits_per_byte, check_tokenizer, domain_losses, find_device, model_directory
 from masks import PruningMasks, describe, extract, magnitude_scores, random_scores, scores_of
-from model import Gates, Llama, LlamaConfig
+from model import Gates, Llama, LlamaConfig, read_config
 from settings import load, user_errors
 
 TOKENIZER_FILES = (  # what `transformers` may write beside the weights
@@ -62,7 +58,8 @@ class Settings:
     domains: Annotated[list, "domains of it to use, [] = all"] = field(default_factory=list)
     out: Annotated[str, "directory of this run"] = "out/run"
     resume: Annotated[
-        Literal["auto", "never"], "'auto': go on from the newest checkpoint in `out`; 'never': refuse if there is a run"
+        str,
+        "'auto': go on from the newest checkpoint in `out`; 'never': refuse if there is one; or a run to go on from",
     ] = "auto"
     save_interval: Annotated[int, "steps between checkpoints"] = 200
     keep_checkpoints: Annotated[int, "how many checkpoints to keep, the newest"] = 2
@@ -83,6 +80,7 @@ class Settings:
     target_d_ffn: Annotated[int, "feed-forward dimensions to keep a layer, 0 = all"] = 0
 
     # gates
+    gate_samples: Annotated[int, "times a step that gates are drawn, each for an equal part of the batch"] = 1
     gates: Annotated[str, "'learned'; or cut first, then train: 'random', 'magnitude', or a pruning.json"] = "learned"
     sparsity_warmup: Annotated[int, "steps in which the target sparsity ramps up"] = 640
     gate_lr: Annotated[float, "peak learning rate of log_alpha"] = 1.0
@@ -93,7 +91,9 @@ class Settings:
     # optimization
     steps: Annotated[int, "optimizer steps"] = 1000
     batch_size: Annotated[int, "sequences a step"] = 8
-    micro_batch: Annotated[int, "sequences at once, 0 = batch_size; each has gates of its own"] = 0
+    micro_batch: Annotated[
+        int, "sequences at once in a process, 0 = as many as it can be; only rounding depends on it"
+    ] = 0
     seq_len: Annotated[int, "tokens a sequence"] = 256
     lr: Annotated[float, "peak learning rate of the weights; all rates follow the same warm-up and cosine"] = 1e-4
     min_lr: Annotated[float, "final learning rates as a share of the peak"] = 0.1
@@ -126,20 +126,30 @@ class Settings:
     seed: Annotated[int, "seed of initial weights, gates and data order"] = 0
     device: Annotated[str, "'cpu', 'cuda', 'cuda:1', ...; 'auto' = cuda if there is one"] = "auto"
     dtype: Annotated[Literal["float32", "bfloat16"], "of the matrix products; weights stay float32"] = "float32"
-    compile: Annotated[bool, "torch.compile the model"] = False
+    parallel: Annotated[Literal["ddp", "fsdp"], "several processes: each holds the whole model, or a shard"] = "ddp"
+    activation_checkpointing: Annotated[bool, "compute each layer again in the backward pass: less memory"] = False
+    compile: Annotated[bool, "torch.compile each layer"] = False
     threads: Annotated[int, "CPU threads, 0 = torch's choice"] = 0
     log_interval: Annotated[int, "steps between log lines"] = 10
 
+    # what would it cost?
+    dry_run: Annotated[bool, "run one step without memory and print what the run would need; nothing is written"] = (
+        False
+    )
+    world_size: Annotated[int, "of the dry run: GPUs"] = 1
+    gpu: Annotated[str, "of the dry run: h100, h200, a100, a100-40gb, or a memory size such as 24GB"] = "h100"
+    utilisation: Annotated[float, "of the dry run: share of the GPU's bf16 peak that is reached"] = 0.4
+
     def __post_init__(self):
         positive = "steps batch_size seq_len n_layer d_model n_head d_ffn eval_interval eval_sequences log_interval "
-        positive += "save_interval keep_checkpoints bound"
+        positive += "save_interval keep_checkpoints bound gate_samples world_size"
         not_negative = (
             "lr gate_lr multiplier_lr weight_decay eps warmup sparsity_warmup phi grad_clip rho step_size seed "
         )
         not_negative += "stop_at micro_batch threads n_kv_head head_dim "
         not_negative += "target_n_layer target_d_model target_n_head target_d_ffn"
         limits = {positive: (1, math.inf), not_negative: (0, math.inf), "min_lr delta": (0, 1)}
-        limits["beta1 beta2 floor"] = (0, 0.999)
+        limits |= {"beta1 beta2 floor": (0, 0.999), "utilisation": (0.01, 1)}
         wrong = [
             f"{name} = {getattr(self, name)} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}")
             for names, (low, high) in limits.items()
@@ -152,8 +162,8 @@ class Settings:
                 wrong.append(f"{name} = {getattr(self, name)} must have a number above 0 for each domain")
         if not self.out:
             wrong.append("out is empty")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            wrong.append(f"batch_size = {self.batch_size} must be a multiple of micro_batch = {self.micro_batch}")
+        if self.batch_size % self.gate_samples:
+            wrong.append(f"batch_size = {self.batch_size} must be a multiple of gate_samples = {self.gate_samples}")
         references = self.reference_losses or self.reference_model or self.dynamic_reference
         if self.schedule != "constant" and not references:
             wrong.append(f"schedule = '{self.schedule}' needs references: set reference_model or reference_losses")
@@ -163,6 +173,20 @@ class Settings:
             wrong.append("a target shape needs a model to prune: set init_from")
         if wrong:
             raise ValueError("; ".join(wrong))
+
+    def rows(self, processes: int) -> tuple[int, int]:
+        """Sequences of a step's batch that one of so many processes takes, and how many of them at once: a micro-batch
+        never has two samples of the gates. ValueError where that does not come out even."""
+        if self.batch_size % processes:
+            raise ValueError(f"batch_size = {self.batch_size} must be a multiple of the {processes} processes")
+        mine, sample = self.batch_size // processes, self.batch_size // self.gate_samples
+        most = math.gcd(mine, sample if self.is_pruning and self.gates == "learned" else mine)
+        if self.micro_batch and most % self.micro_batch:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} must divide {most}: batch_size = {self.batch_size} is for "
+                f"{processes} processes" + f" and {self.gate_samples} gate samples" * (most < mine)
+            )
+        return mine, self.micro_batch or most
 
     @property
     def is_pruning(self) -> bool:
@@ -177,15 +201,16 @@ class Settings:
 
 # settings that may change when a run goes on
 FREE = {"out", "resume", "stop_at", "save_interval", "keep_checkpoints", "log_interval", "device", "compile", "threads"}
+FREE |= {"micro_batch", "parallel", "activation_checkpointing", "dry_run", "world_size", "gpu", "utilisation"}
 
 
 # -- what a run is made of ------------------------------------------------------------------------------------------
 
 
-def make_model(s: Settings, data: TokenData) -> tuple[Llama, PruningMasks | None]:
-    """The model to train, and its gates if they are to be learned."""
+def make_config(s: Settings, data: TokenData) -> LlamaConfig:
+    """Shape of the model that a run starts from."""
     if not s.init_from:
-        config = LlamaConfig(
+        return LlamaConfig(
             vocab_size=data.vocab_size,
             n_layer=s.n_layer,
             d_model=s.d_model,
@@ -197,14 +222,27 @@ def make_model(s: Settings, data: TokenData) -> tuple[Llama, PruningMasks | None
             tie_embeddings=s.tie_embeddings,
             eos_token_id=data.eot,
         )
-        return Llama(config).init_weights(s.seed), None
-    model = load_model(s.init_from, finished=True)
-    source = model.config
-    check_tokenizer(s.init_from, model, data)
+    config = read_config(directory_of(s.init_from))
+    check_tokenizer(s.init_from, config, data)
+    return config
+
+
+def directory_of(model: str) -> Path:
+    """The directory in Hugging Face's format of a model or a finished run. ValueError if there is none."""
+    directory = model_directory(model)
+    if directory is None:
+        there = Path(model).is_dir()
+        what = "this run is not finished, run it to its end first" if there else "no such model or run"
+        raise ValueError(f"{model}: {what}")
+    return directory
+
+
+def make_masks(s: Settings, source: LlamaConfig) -> PruningMasks | None:
+    """The gates of a pruning run. ValueError where the target shape cannot be."""
     if s.seq_len > source.max_seq_len:
         raise ValueError(f"seq_len = {s.seq_len}: {s.init_from} was made for {source.max_seq_len} tokens at most")
     if not s.is_pruning:
-        return model, None
+        return None
     n_head = s.target_n_head or source.n_head
     if n_head * source.n_kv_head % source.n_head:
         group = source.n_head // source.n_kv_head
@@ -226,15 +264,20 @@ def make_model(s: Settings, data: TokenData) -> tuple[Llama, PruningMasks | None
     masks.clamp_()
     if not masks.gates():
         raise ValueError(f"the target shape is that of {s.init_from}: there is nothing to prune")
-    if s.gates == "learned":
-        return model, masks
+    if s.gates not in ("learned", "random", "magnitude"):
+        masks.choose_(scores_of(masks, json.loads(Path(s.gates).read_text())))
+    return masks
+
+
+def cut(s: Settings, masks: PruningMasks, path: Path) -> None:
+    """Write the small model of a choice that is not learned: the training starts from it."""
+    model = Llama.from_pretrained(directory_of(s.init_from))
     if s.gates == "random":
         masks.choose_(random_scores(masks, s.seed))
     elif s.gates == "magnitude":
         masks.choose_(magnitude_scores(model))
-    else:
-        masks.choose_(scores_of(masks, json.loads(Path(s.gates).read_text())))
-    return extract(model, masks), None
+    shutil.rmtree(path, ignore_errors=True)
+    extract(model, masks).save_pretrained(path)
 
 
 def make_optimizer(s: Settings, model: Llama, masks: PruningMasks | None) -> torch.optim.AdamW:
@@ -279,113 +322,127 @@ def lr_scale(step: int, s: Settings) -> float:
     return s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# -- files of a run -------------------------------------------------------------------------------------------------
+class Trainer:
+    """Model, gates and optimizer, and the step that trains them: the same on a CPU, on 8 GPUs and on fake tensors.
 
-
-class Run:
-    """A run's directory: config.json, metrics.jsonl, checkpoints/step_NNNNNN/, model/.
-
-    `finished` runs have a model; `state` is that of the newest checkpoint, None where a run is to be started.
+    Nothing in `step` waits for the device; what is measured stays there until it is read for a log line.
     """
 
-    def __init__(self, s: Settings):
-        self.path = Path(s.out)
-        self.finished = (self.path / "model" / "config.json").exists()
-        self.checkpoint = newest_checkpoint(self.path)
-        self.state = json.loads((self.checkpoint / "state.json").read_text()) if self.checkpoint else None
-        if not self.finished and self.state is None:
-            return
-        if s.resume == "never":
-            raise ValueError(f"{s.out} holds a run already: remove it, or choose another --out, or resume='auto'")
-        old, new = json.loads((self.path / "config.json").read_text()), asdict(s)
-        changed = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if k not in FREE and old.get(k) != new[k]]
-        if changed:
-            raise ValueError(f"{s.out} was started with other settings, choose another --out: {'; '.join(changed)}")
+    def __init__(self, s: Settings, model: Llama, masks: PruningMasks | None, n_domains: int):
+        self.s, self.model, self.masks = s, model, masks
+        self.device = parallel.local(model.embed_tokens.weight).device
+        self.tree = nn.ModuleDict({"model": model} | ({"masks": masks} if masks else {}))
+        self.engine = parallel.engine(model)
+        self.optimizer = make_optimizer(s, model, masks)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.rows, self.micro_batch = s.rows(parallel.size())
+        # since the last log line, of this process's rows: sum of cross entropies and number of tokens of each domain
+        self.unlogged = torch.zeros(2, n_domains, dtype=torch.float64, device=self.device)
+        self.constraint, self.stats, self.norm = torch.zeros(()), {}, torch.zeros(())
+        self.bad_step = torch.full((), -1.0, device=self.device)  # the first whose gradient is not finite
 
-    def open(self, s: Settings) -> None:
-        """Make the directory and open metrics.jsonl: nothing is written before everything was found to be right."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
-        # what a dead run logged after its last checkpoint will be logged again
-        self.metrics = open(self.path / "metrics.jsonl", "ab")
-        self.metrics.truncate(self.state["metrics_bytes"] if self.state else 0)
+    def step(self, step: int, tokens: Tensor, domain: Tensor) -> None:
+        """One update on this process's rows (b, T+1) of the batch, whose domains are (b,)."""
+        s, masks = self.s, self.masks
+        for group, rate in zip(self.optimizer.param_groups, self.rates):  # all rates follow one schedule
+            group["lr"] = rate * lr_scale(step, s)
+        first_row, rows_a_sample = parallel.rank() * self.rows, s.batch_size // s.gate_samples
+        for row in range(0, self.rows, self.micro_batch):
+            batch, d = (x[row : row + self.micro_batch] for x in (tokens, domain))
+            z = masks.sample(s.seed, step, (first_row + row) // rows_a_sample) if masks else None
+            with parallel.synchronised(self.engine, now=row + self.micro_batch == self.rows):
+                with autocast(s, self.model):
+                    nll = self.engine(batch[:, :-1], z, targets=batch[:, 1:])  # (b, T)
+                # the processes' gradients are averaged, so each counts its share as often as there are processes
+                (nll.sum() * (parallel.size() / (s.batch_size * s.seq_len))).backward()
+            measured = torch.stack((nll.detach().sum(1, dtype=torch.float64), torch.full_like(d, s.seq_len).double()))
+            self.unlogged.index_add_(1, d, measured)
+        if masks:
+            parallel.average_gradients(masks.parameters())
+            self.constraint, self.stats = masks.lagrangian(step)
+            self.constraint.backward()
+        self.norm = parallel.clip_gradients(self.tree.values(), s.grad_clip or math.inf)
+        # from a gradient that is not finite on, AdamW changes nothing (`found_inf`), so that a log line can tell of it
+        self.bad_step = torch.where((self.bad_step < 0) & ~self.norm.isfinite(), float(step), self.bad_step)
+        self.optimizer.found_inf = (self.bad_step >= 0).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if masks:
+            masks.clamp_()
 
-    def log(self, **line) -> None:
-        """Append one line to metrics.jsonl."""
-        self.metrics.write(json.dumps(line).encode() + b"\n")
-        self.metrics.flush()
+    def measured(self) -> Tensor:
+        """`unlogged` of all processes."""
+        return parallel.sum_(self.unlogged.clone())
 
-    def save(self, step: int, tree: nn.Module, optimizer, state: dict, keep: int) -> None:
-        """Write a checkpoint beside its place and rename it when it is whole; then drop the oldest ones."""
-        final = self.path / "checkpoints" / f"step_{step:06d}"
-        if final.exists():
-            return
-        for left_over in final.parent.glob("*.partial"):
-            shutil.rmtree(left_over)
-        partial = final.with_name(final.name + ".partial")
-        weights, moments = get_state_dict(tree, optimizer)
-        dcp.save({"weights": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=True)
-        self.metrics.flush()
-        os.fsync(self.metrics.fileno())
-        state = {**state, "step": step, "metrics_bytes": os.fstat(self.metrics.fileno()).st_size}
-        (partial / "state.json").write_text(json.dumps(state))
-        partial.rename(final)
-        for old in sorted(final.parent.glob("step_*"), key=lambda p: int(p.name[5:]))[:-keep]:
-            shutil.rmtree(old)
-
-    def load(self, tree: nn.Module, optimizer) -> None:
-        """Load weights and optimizer state from the checkpoint that this run goes on from, in place."""
-        weights, moments = get_state_dict(tree, optimizer)
-        dcp.load({"weights": weights, "optimizer": moments}, checkpoint_id=self.checkpoint, no_dist=True)
-        set_state_dict(tree, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    def check(self, domains: list[str]) -> None:
+        """Stop the run if a gradient was not finite."""
+        if (step := int(self.bad_step)) >= 0:
+            sums = self.measured()[0].tolist()
+            bad = [d for d, x in zip(domains, sums) if not math.isfinite(x)]
+            where = f"cross entropy of domain {', '.join(bad)}" if bad else "constraint or gradient"
+            sys.exit(f"train.py: step {step}: the {where} is not finite; nothing was updated")
 
 
-# -- the loop -------------------------------------------------------------------------------------------------------
+# -- the run --------------------------------------------------------------------------------------------------------
 
 
 def main():
     with user_errors():
         s = load(Settings, sys.argv[1:])
-        device = find_device(s.device)
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
+        if s.dry_run:
+            return cost.dry_run(s, make_masks, Trainer)
+        device = parallel.start(find_device(s.device))
         torch.set_num_threads(s.threads or torch.get_num_threads())
         torch.backends.cuda.matmul.allow_tf32 = True
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("several processes are not supported yet: start one, `python train.py ...`")
+        rows, micro_batch = s.rows(parallel.size())
         data = TokenData(s.data, s.domains or None)
-        run = Run(s)
+        run = Run(s.out, asdict(s), FREE, s.resume)
         if run.finished:
-            print(f"{run.path / 'model'} is finished already")
-            return
+            return say(f"{run.path / 'model'} is finished already")
         reader = BatchReader(data, s.seq_len, s.batch_size, s.seed)
         for domain in data.domains:
             data.eval_sequences(domain, "val", s.seq_len, 1)  # is there enough text?
-        model, masks = make_model(s, data)
-        references = s.reference_losses or None
-        if references is None and s.reference_model and run.state is None:
-            print(f"measuring the reference losses on {s.reference_model}", flush=True)
-            teacher = load_model(s.reference_model, finished=True).to(device)
-            with autocast:
-                references = domain_losses(teacher, data, "val", s.seq_len, s.eval_sequences, s.batch_size)
-            del teacher
-        mixture = make_mixture(s, data, references)
-        run.open(s)
-    for key, value in asdict(s).items():
-        print(f"{key} = {value!r}")
+        config = make_config(s, data)
+        masks = make_masks(s, config)
+        mixture = make_mixture(s, data, s.reference_losses or None)
+        teacher = directory_of(s.reference_model) if s.reference_model and not s.reference_losses else None
+        sharding = {"sharded": s.parallel == "fsdp", "dtype": torch.bfloat16 if s.dtype == "bfloat16" else None}
 
-    tree = nn.ModuleDict({"model": model} | ({"masks": masks} if masks else {})).to(device)
-    optimizer = make_optimizer(s, model, masks)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    forward = torch.compile(model) if s.compile else model
-    micro_batch = s.micro_batch or s.batch_size
-    tokens_per_step, n_domains = s.batch_size * s.seq_len, len(data.domains)
-    params_end = float(masks.target.n_params() if masks else model.config.n_params())
-    first, seconds = 0, 0.0
+        start = directory_of(s.init_from) if s.init_from else s.seed
+        if masks and s.gates != "learned":
+            start = run.path / "start"
+            if run.state is None and parallel.main():
+                cut(s, masks, start)
+            config, masks = masks.target, None
+        parallel.barrier()
+        model = parallel.make_model(
+            config,
+            None if run.state else start,
+            device,
+            **sharding,
+            checkpoint_layers=s.activation_checkpointing,
+            compiled=s.compile,
+        )
+        if teacher and run.state is None:
+            say(f"measuring the reference losses on {s.reference_model}")
+            teacher = parallel.read_model(teacher, device, **sharding)
+            with autocast(s, teacher):
+                references = domain_losses(teacher, data, "val", s.seq_len, s.eval_sequences, micro_batch)
+            mixture = make_mixture(s, data, references)
+        teacher = None
+        run.open()
+    for key, value in asdict(s).items():
+        say(f"{key} = {value!r}")
+
+    trainer = Trainer(s, model, masks.to(device) if masks else None, len(data.domains))
+    first, seconds, tokens_per_step = 0, 0.0, s.batch_size * s.seq_len
     if run.state is not None:
-        run.load(tree, optimizer)
+        run.load(trainer.tree, trainer.optimizer)
         mixture.state, first, seconds = run.state["mixture"], run.state["step"], run.state["seconds"]
         reader.load_state_dict(run.state["reader"])
-        print(f"going on from {run.checkpoint}")
+        if parallel.main():
+            trainer.unlogged += torch.tensor(run.state["unlogged"], dtype=torch.float64, device=device)
+        say(f"going on from {run.checkpoint}")
     else:
         run.log(
             type="run",
@@ -397,154 +454,198 @@ def main():
             schedule=s.schedule,
             dynamic_reference=s.dynamic_reference,
             dynamic_ratio=s.dynamic_ratio,
-            source=model.config.shape,
+            source=config.shape,
             target=masks.target.shape if masks else None,
-            parameters=model.config.n_params(),
+            parameters=config.n_params(),
         )
-
     interrupted = []
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, frame: interrupted.append(number))
 
-    def state():
-        configs = {"source": asdict(model.config), "target": asdict(masks.target) if masks else None}
-        domains = {"mixture": mixture.state, "reader": reader.state_dict()}
-        log = {"unlogged": [sums.tolist(), counts.tolist()], "seconds": seconds + time.time() - started}
-        return {**configs, **domains, **log}
+    def fetch(step):
+        """This process's rows of a step's batch, ready to be copied to the device."""
+        batch = reader.next(step, mixture.weights, slice(parallel.rank() * rows, (parallel.rank() + 1) * rows))
+        tensors = [torch.from_numpy(x) for x in batch]
+        return [x.pin_memory() for x in tensors] if device.type == "cuda" else tensors
 
-    def evaluate(step):
-        """Measure, move the domain weights, log."""
-        z = masks.deterministic(at_target=False) if masks else None  # not yet the target shape: it would say nothing
-        with autocast:
-            losses = domain_losses(model, data, "val", s.seq_len, s.eval_sequences, micro_batch, z)
-        seen = reader.tokens_seen()
-        seen = np.array([seen[d] for d in data.domains])
-        at_end = seen + mixture.weights * (s.steps - step) * tokens_per_step
-        params = masks.expected_params().item() if masks else params_end
-        values = [losses[d] for d in data.domains]
-        try:
-            fits = mixture.update(step / s.steps, values, seen, params, at_end, params_end)
-        except ValueError as error:
-            sys.exit(f"train.py: step {step}: {error}")
-        run.log(
-            type="eval",
-            step=step,
-            tokens=step * tokens_per_step,
-            domain_tokens=by_domain(seen),
-            parameters=params,
-            loss=losses,
-            bits_per_byte=bits_per_byte(losses, data, "val"),
-            reference=by_domain(mixture.state["reference"]),
-            prediction=by_domain([law and law.predict(t, params_end) for law, t in zip(fits["laws"], at_end)]),
-            no_prediction=by_domain(fits["no_prediction"]),
-            curve=curve(step, fits["laws"], seen, at_end, params),
-            ratio=by_domain(mixture.state["ratio"]),
-            weights=by_domain(mixture.weights),
-            **({"gates": gate_picture(z), "sparsity": read(masks.lagrangian(step)[1])["sparsity"]} if masks else {}),
+    def save(step):
+        state = {
+            "source": asdict(config),
+            "target": asdict(masks.target) if masks else None,
+            "mixture": mixture.state,
+            "reader": position,
+            "unlogged": trainer.measured().tolist(),
+            "seconds": seconds + time.time() - started,
+        }
+        run.save(step, trainer.tree, trainer.optimizer, state, s.keep_checkpoints, in_background=device.type == "cuda")
+
+    started = since = time.time()
+    position, seen = reader.state_dict(), reader.tokens_seen()  # of the batches that were trained on
+    try:
+        if first == 0:
+            evaluate(s, trainer, data, mixture, run, 0, seen)
+            since = time.time()
+        ahead = ThreadPoolExecutor(1)  # reads the next batch while this one is trained on
+        upcoming, logged = ahead.submit(fetch, first), first
+        for step in range(first, s.steps):
+            done = step + 1
+            batch = upcoming.result()
+            position, seen = reader.state_dict(), reader.tokens_seen()
+            evaluating = done % s.eval_interval == 0 or done == s.steps
+            if not evaluating:
+                upcoming = ahead.submit(fetch, done)
+            trainer.step(step, *(x.to(device, non_blocking=True) for x in batch))
+            run.finish_save(wait=False)
+
+            if done % s.log_interval == 0 or done == s.steps:
+                log(s, trainer, data.domains, mixture, run, done)
+                now = time.time()
+                speed = (done - logged) * tokens_per_step / (now - since)
+                left = (s.steps - done) * (now - started) / (done - first)
+                report_speed(run, config, s, device, done, speed, seconds + now - started, left)
+                since, logged = now, done
+            if evaluating:
+                trainer.check(data.domains)
+                before = time.time()
+                evaluate(s, trainer, data, mixture, run, done, seen)
+                since += time.time() - before
+                if done < s.steps:
+                    upcoming = ahead.submit(fetch, done)  # by the new weights
+            stop = parallel.any_of(bool(interrupted)) or done == s.stop_at
+            if done % s.save_interval == 0 or done == s.steps or stop:
+                trainer.check(data.domains)
+                save(done)
+            if stop and done < s.steps:
+                run.finish_save()
+                say(f"stopped after step {done}; the same command goes on from here")
+                parallel.stop()
+                sys.exit(130 if signal.SIGINT in interrupted else 0)
+        run.finish_save()
+        finish(s, trainer, data, run, micro_batch, sharding)
+    except (OSError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        newest = newest_checkpoint(run.path)
+        sys.exit(
+            f"train.py: could not write to {run.path}: {error}; "
+            + (f"the same command goes on from {newest}" if newest else "there is no checkpoint yet")
         )
-        mean = sum(values) / n_domains
-        print(f"step {step}: validation loss {mean:.4f}  " + "  ".join(f"{d} {losses[d]:.3f}" for d in data.domains))
-        print(
-            "    domain weights: " + "  ".join(f"{d} {w:.3f}" for d, w in zip(data.domains, mixture.weights)),
-            flush=True,
-        )
+    parallel.stop()
 
-    def by_domain(values):
-        if values is None:
-            return dict.fromkeys(data.domains)
-        return {d: v if v is None or isinstance(v, str) else np.asarray(v).item() for d, v in zip(data.domains, values)}
 
-    def curve(step, laws, seen, at_end, params):
-        """The fitted laws from here to the end of the run, for the pictures: the tokens go on as now, P as the ramp."""
-        if not any(laws):
-            return None
+def evaluate(s: Settings, trainer: Trainer, data: TokenData, mixture: Mixture, run: Run, step: int, seen: dict) -> None:
+    """Measure the validation loss of each domain, move the domain weights, log."""
+    masks, domains = trainer.masks, data.domains
+    z = masks.deterministic(at_target=False) if masks else None  # not yet the target shape: it would say nothing
+    with autocast(s, trainer.model):
+        losses = domain_losses(trainer.model, data, "val", s.seq_len, s.eval_sequences, trainer.micro_batch, z)
+    params_end = float((masks.target if masks else trainer.model.config).n_params())
+    params = masks.expected_params().item() if masks else params_end
+    seen = np.array([seen[d] for d in domains])
+    at_end = seen + mixture.weights * (s.steps - step) * s.batch_size * s.seq_len
+    try:
+        fits = mixture.update(step / s.steps, [losses[d] for d in domains], seen, params, at_end, params_end)
+    except ValueError as error:
+        sys.exit(f"train.py: step {step}: {error}")
+    mixture.state = parallel.from_main(mixture.state)
+    laws, tokens_per_step = fits["laws"], s.batch_size * s.seq_len
+    curve = None
+    if any(laws):  # the fitted laws from here to the end of the run: the tokens go on as now, P as the ramp
         share = np.linspace(0, 1, 9)
         ramp = np.clip(share * (s.steps - step) / max(1, s.sparsity_warmup - step), 0, 1)
-        tokens = seen + share[:, None] * (at_end - seen)  # (points, domains)
-        lines = [
-            law and law.predict(t, params + ramp * (params_end - params)).tolist() for law, t in zip(laws, tokens.T)
-        ]
-        return {"step": (step + share * (s.steps - step)).tolist(), "loss": dict(zip(data.domains, lines))}
+        tokens, left = seen + share[:, None] * (at_end - seen), params + ramp * (params_end - params)
+        lines = [law and law.predict(t, left).tolist() for law, t in zip(laws, tokens.T)]
+        curve = {"step": (step + share * (s.steps - step)).tolist(), "loss": dict(zip(domains, lines))}
+    run.log(
+        type="eval",
+        step=step,
+        tokens=step * tokens_per_step,
+        domain_tokens=by_domain(domains, seen),
+        parameters=params,
+        loss=losses,
+        bits_per_byte=bits_per_byte(losses, data, "val"),
+        reference=by_domain(domains, mixture.state["reference"]),
+        prediction=by_domain(domains, [law and law.predict(t, params_end) for law, t in zip(laws, at_end)]),
+        no_prediction=by_domain(domains, fits["no_prediction"]),
+        curve=curve,
+        ratio=by_domain(domains, mixture.state["ratio"]),
+        weights=by_domain(domains, mixture.weights),
+        **({"gates": gate_picture(z), "sparsity": read(masks.lagrangian(step)[1])["sparsity"]} if masks else {}),
+    )
+    say(
+        f"step {step}: validation loss {np.mean(list(losses.values())):.4f}  "
+        + "  ".join(f"{d} {loss:.3f}" for d, loss in losses.items())
+    )
+    say("    domain weights: " + "  ".join(f"{d} {w:.3f}" for d, w in zip(domains, mixture.weights)))
 
-    # since the last log line, on the device: sum of cross entropies and number of tokens of each domain
-    unlogged = run.state["unlogged"] if run.state else [[0.0] * n_domains] * 2
-    sums, counts = (torch.tensor(x, dtype=torch.float64, device=device) for x in unlogged)
-    started = since = time.time()
-    logged, constraint, stats = first, torch.zeros(()), {}
-    if first == 0:
-        evaluate(0)
-        since = time.time()
 
-    for step in range(first, s.steps):
-        for group, rate in zip(optimizer.param_groups, rates):  # the gates' and multipliers' follow the weights'
-            group["lr"] = rate * lr_scale(step, s)
-        tokens, domain = (torch.from_numpy(x).to(device) for x in reader.next(step, mixture.weights))
-        loss = torch.zeros((), device=device)
-        for i, (batch, d) in enumerate(zip(tokens.split(micro_batch), domain.split(micro_batch))):
-            z = masks.sample(s.seed, step, i) if masks else None
-            with autocast:
-                nll = forward(batch[:, :-1], z, targets=batch[:, 1:])  # (B, T)
-            part = nll.sum() / tokens_per_step
-            part.backward()
-            loss += part.detach()
-            sums.index_add_(0, d, nll.detach().sum(1).double())
-            counts.index_add_(0, d, torch.full(d.shape, s.seq_len, dtype=torch.float64, device=device))
-        if masks:
-            constraint, stats = masks.lagrangian(step)
-            constraint.backward()
-        norm = nn.utils.clip_grad_norm_(tree.parameters(), s.grad_clip or math.inf)
-        if not torch.isfinite(loss + constraint + norm):
-            bad = [data.domains[i] for i in (~torch.isfinite(sums)).nonzero().flatten()]
-            where = f"cross entropy of domain {', '.join(bad)}" if bad else "constraint or gradient"
-            sys.exit(f"train.py: step {step}: the {where} is not finite; nothing was updated")
-        optimizer.step()
-        optimizer.zero_grad()
-        if masks:
-            masks.clamp_()
+def log(s: Settings, trainer: Trainer, domains: list[str], mixture: Mixture, run: Run, done: int) -> None:
+    """The training line of the steps since the last one: where the device is waited for."""
+    trainer.check(domains)
+    sums, counts = trainer.measured()
+    trainer.unlogged.zero_()
+    means = (sums / counts).tolist()
+    constraint = {"constraint": trainer.constraint.item(), **read(trainer.stats)} if trainer.masks else {}
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    loss = (sums.sum() / counts.sum()).item()
+    run.log(
+        type="train",
+        step=done,
+        tokens=done * s.batch_size * s.seq_len,
+        loss=loss,
+        lr=lr,
+        grad_norm=trainer.norm.item(),
+        weights=by_domain(domains, mixture.weights),
+        domain_loss=by_domain(domains, [m if math.isfinite(m) else None for m in means]),
+        **constraint,
+    )
+    text = f"step {done}/{s.steps}  loss {loss:.4f}"
+    if constraint:
+        text += f"  constraint {constraint['constraint']:+.4f}  sparsity " + " ".join(
+            f"{g} {x:.3f}/{constraint['target_sparsity'][g]:.3f}" for g, x in constraint["sparsity"].items()
+        )
+    if parallel.main():
+        print(f"{text}  lr {lr:.2e}", end="  ")
 
-        done = step + 1
-        if done % s.log_interval == 0 or done == s.steps:
-            now = time.time()
-            speed = (done - logged) * tokens_per_step / (now - since)
-            left = (s.steps - done) * (now - started) / (done - first)
-            means = (sums / counts).tolist()
-            line = {"step": done, "tokens": done * tokens_per_step, "loss": (sums.sum() / counts.sum()).item()}
-            parts = {"constraint": constraint.item(), **read(stats)} if masks else {}
-            run.log(
-                type="train",
-                **line,
-                lr=optimizer.param_groups[0]["lr"],
-                grad_norm=norm.item(),
-                tokens_per_second=round(speed, 1),
-                weights=by_domain(mixture.weights),
-                domain_loss=by_domain([m if math.isfinite(m) else None for m in means]),
-                **parts,
-            )
-            text = f"step {done}/{s.steps}  loss {line['loss']:.4f}"
-            if masks:
-                text += f"  constraint {parts['constraint']:+.4f}  sparsity " + " ".join(
-                    f"{g} {parts['sparsity'][g]:.3f}/{parts['target_sparsity'][g]:.3f}" for g in parts["sparsity"]
-                )
-            print(f"{text}  lr {s.lr * lr_scale(step, s):.2e}  {speed:,.0f} tokens/s  {clock(left)} left", flush=True)
-            sums.zero_(), counts.zero_()
-            since, logged = now, done
-        if done % s.eval_interval == 0 or done == s.steps:
-            before = time.time()
-            evaluate(done)
-            since += time.time() - before
-        stop = interrupted or done == s.stop_at
-        if done % s.save_interval == 0 or done == s.steps or stop:
-            run.save(done, tree, optimizer, state(), s.keep_checkpoints)
-        if stop and done < s.steps:
-            print(f"stopped after step {done}; the same command goes on from here")
-            sys.exit(130 if signal.SIGINT in interrupted else 0)
 
-    if masks:
-        small = extract(model, masks).to(device)
-        picture, kept = gate_picture(masks.deterministic(at_target=True)), describe(masks)
-    else:
-        small, picture, kept = model, None, None
-    with autocast:
+def report_speed(run, config, s, device, done: int, speed: float, seconds: float, left: float) -> None:
+    """The rest of that line, and a line of timings.jsonl: nothing that another run would repeat."""
+    flops, peak = config.flops_per_token(s.seq_len) * speed / parallel.size(), cost.peak_flops(device)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else host_memory()
+    run.time(
+        step=done,
+        seconds=round(seconds, 3),
+        tokens_per_second=round(speed, 1),
+        mfu=peak and round(flops / peak, 4),
+        peak_memory=memory,
+    )
+    utilisation = f"  MFU {flops / peak:.1%}" if peak else ""
+    say(f"{speed:,.0f} tokens/s{utilisation}  {memory / 1e9:.1f} GB  {clock(left)} left")
+
+
+def finish(s: Settings, trainer: Trainer, data: TokenData, run: Run, micro_batch: int, sharding: dict) -> None:
+    """Cut the small model out, write model/, measure what was written."""
+    masks, partial = trainer.masks, run.path / "model.partial"
+    whole = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    picture = gate_picture(masks.deterministic(at_target=True)) if masks else None
+    if parallel.main():
+        with torch.device("meta"):
+            model = Llama(trainer.model.config)
+        model.load_state_dict(whole, assign=True)
+        if model.config.tie_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        kept = describe(masks.cpu()) if masks else None
+        save_model(
+            partial,
+            extract(model, masks) if masks else model,
+            kept,
+            model_directory(s.init_from) if s.init_from else None,
+        )
+        del model
+    del whole
+    parallel.barrier()
+    small = parallel.read_model(partial, trainer.device, **sharding)
+    with autocast(s, small):
         losses = domain_losses(small, data, "val", s.seq_len, s.eval_sequences, micro_batch)
     run.log(
         type="end",
@@ -553,25 +654,48 @@ def main():
         bits_per_byte=bits_per_byte(losses, data, "val"),
         parameters=small.config.n_params(),
         gates=picture,
-        seconds=round(seconds + time.time() - started, 1),
     )
-    save_model(run.path / "model", small, kept, model_directory(s.init_from) if s.init_from else None)
+    if parallel.main():
+        shutil.rmtree(run.path / "start", ignore_errors=True)
+        partial.rename(run.path / "model")
     mean = np.mean(list(losses.values()))
-    print(f"{run.path / 'model'}: {small.config.n_params():,} parameters, validation loss {mean:.4f}")
+    say(f"{run.path / 'model'}: {small.config.n_params():,} parameters, validation loss {mean:.4f}")
 
 
 def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None) -> None:
-    """Write model/ (with pruning.json: which indices were kept; and the tokenizer files of the model it came from)
-    beside its place and rename it when it is whole."""
-    partial = path.with_name("model.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    """Write a model directory, with pruning.json (which indices were kept) and the tokenizer files of `origin`."""
+    shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(path)
     if kept is not None:
-        (partial / "pruning.json").write_text(json.dumps(kept))
+        (path / "pruning.json").write_text(json.dumps(kept))
     for name in TOKENIZER_FILES:
         if origin is not None and (origin / name).is_file():
-            shutil.copy(origin / name, partial)
-    partial.rename(path)
+            shutil.copy(origin / name, path)
+
+
+def autocast(s: Settings, model: Llama):
+    """Matrix products in s.dtype. A sharded model does that itself."""
+    device = parallel.local(model.embed_tokens.weight).device.type
+    mixed = s.dtype == "bfloat16" and not parallel.is_sharded(model)
+    return torch.autocast(device, torch.bfloat16, enabled=mixed)
+
+
+def say(text: str) -> None:
+    """Print, in one process."""
+    if parallel.main():
+        print(text, flush=True)
+
+
+def host_memory() -> int:
+    """Most bytes that this process has had in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def by_domain(domains: list[str], values) -> dict:
+    """Domain -> plain Python value, for a log line."""
+    if values is None:
+        return dict.fromkeys(domains)
+    return {d: v if v is None or isinstance(v, str) else np.asarray(v).item() for d, v in zip(domains, values)}
 
 
 def read(stats: dict) -> dict:

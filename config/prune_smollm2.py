@@ -17,7 +17,7 @@ target_d_ffn = 1152
 
 steps = 400
 batch_size = 4
-micro_batch = 1  # four samples of the gates a step
+gate_samples = 4
 seq_len = 256
 lr = 1e-4
 warmup = 20

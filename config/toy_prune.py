@@ -11,7 +11,7 @@ target_d_ffn = 256
 
 steps = 400
 batch_size = 8
-micro_batch = 2  # four samples of the gates a step
+gate_samples = 4
 seq_len = 256
 lr = 2e-3
 warmup = 40

@@ -113,7 +113,7 @@ def chain(tiny_data, tmp_path_factory):
     args = {
         "pretrain": [*common["pretrain"], "--steps=60"],
         "prune": [*common["prune"], "--steps=60", f"--init_from={out['pretrain']}", *TARGET, *GATES, *ROBUST,
-                  f"--reference_model={out['pretrain']}", "--micro_batch=2"],
+                  f"--reference_model={out['pretrain']}", "--gate_samples=2"],
         "continue": [*common["continue"], "--steps=40", f"--init_from={out['prune']}", *ROBUST],
     }  # fmt: skip
     assert [run(patch, *args[stage]) for stage in out] == [0, 0, 0]

@@ -1,0 +1,228 @@
+"""What will a run cost? Parameters, FLOPs, memory of each GPU and hours, before anything is rented.
+
+    python train.py config/prune_7b.py --dry_run=True --world_size=8 --gpu=h100
+
+Two steps of the real training code run on fake tensors, which have shapes but no memory, in a process group that only
+pretends to have the other processes; PyTorch's memory tracker watches the second one (in the first, AdamW makes its
+state). So the memory figure knows of whatever the code does. Not of the allocator's fragmentation and of what CUDA and
+NCCL need for themselves: a run must leave RESERVE free.
+
+The time is no measurement: FLOPs, recomputed ones too, over the GPU's peak times the utilisation that is assumed.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import parallel
+from eval import model_directory
+from model import LOGITS_AT_ONCE, LlamaConfig, read_config
+from settings import load
+
+GIB = 2**30
+GPUS = {  # name -> memory in bytes, as the driver gives it to a process; peak of dense bf16 matrix products, FLOP/s
+    "h200": (140 * GIB, 989e12),
+    "h100": (79 * GIB, 989e12),
+    "a100-40gb": (39 * GIB, 312e12),
+    "a100": (79 * GIB, 312e12),
+}
+RESERVE = 4 * GIB
+PUBLISHED = {  # shapes of models that are not at hand yet
+    "Llama-2-7b-hf": LlamaConfig(32000, 32, 4096, 32, 32, 128, 11008, 4096),
+    "Meta-Llama-3-8B": LlamaConfig(128256, 32, 4096, 32, 8, 128, 14336, 8192, rope_theta=5e5),
+    "SmolLM2-135M": LlamaConfig(49152, 30, 576, 9, 3, 64, 1536, 8192, tie_embeddings=True),
+}
+KINDS = {  # what the trackers call it -> a row of our table
+    "Parameter": "weights",
+    "Sharded Param": "weights",
+    "Gradient": "gradients",
+    "Sharded Grad": "gradients",
+    "Unsharded Grad": "gradients",
+    "Optstate": "optimizer",
+    "OptState": "optimizer",
+    "Unsharded Param": "gathered shards",
+    "All Gather": "gathered shards",
+    "Reduce Scatter": "gathered shards",
+}
+ROWS = ["weights", "gradients", "optimizer", "gathered shards", "activations"]
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of a CUDA device's dense bf16 matrix products, FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    return next((peak for gpu, (_, peak) in GPUS.items() if gpu in name), None)
+
+
+def find_gpu(name: str) -> tuple[float, float | None]:
+    """Memory in bytes and peak FLOP/s of a GPU, or of a memory size such as 24GB, whose peak is not known."""
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:(GB)|GiB)", name, re.IGNORECASE):
+        return float(size[1]) * (1e9 if size[2] else GIB), None
+    raise ValueError(f"gpu = '{name}' is not one of {', '.join(GPUS)}, and no memory size such as 24GB")
+
+
+def shape_of(model: str, settings: type, make_masks: Callable) -> LlamaConfig:
+    """Shape of a model directory or run, or of one that is not there yet: a published one, or what a config makes."""
+    if (directory := model_directory(model)) is not None:
+        return read_config(directory)
+    name = Path(model).name
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    config = Path(__file__).parent / "config" / f"{name}.py"
+    if not config.is_file():
+        raise ValueError(f"{model}: no such model or run, and its shape is not known either")
+    s = load(settings, [str(config)])
+    shape = shape_of(s.init_from, settings, make_masks)
+    masks = make_masks(s, shape)
+    return masks.target if masks else shape
+
+
+def parts(c: LlamaConfig) -> dict[str, int]:
+    """Parameters by part of the model."""
+    return {
+        "embedding": c.vocab_size * c.d_model,
+        "attention": c.n_layer * 2 * c.d_model * (c.n_head + c.n_kv_head) * c.head_dim,
+        "feed-forward": c.n_layer * 3 * c.d_model * c.d_ffn,
+        "norms": (2 * c.n_layer + 1) * c.d_model,
+        "output": 0 if c.tie_embeddings else c.vocab_size * c.d_model,
+    }
+
+
+def memory(s, config: LlamaConfig, make_masks: Callable, trainer_class: type) -> dict[str, float]:
+    """Bytes of one process by kind, at the moment when a training step needs most, and that "peak". s.world_size
+    processes."""
+    if s.world_size > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", rank=0, world_size=s.world_size, store=FakeStore())
+    try:
+        # beyond two micro-batches a process, more of them need no more memory
+        mine, micro_batch = s.rows(s.world_size)
+        mine = min(mine, 2 * micro_batch)
+        samples = min(s.gate_samples, mine * s.world_size // micro_batch)
+        s = replace(s, batch_size=mine * s.world_size, micro_batch=micro_batch, gate_samples=samples)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            masks = make_masks(s, config)
+            if masks and s.gates != "learned":
+                config, masks = masks.target, None
+            device, dtype = torch.device("cpu"), torch.bfloat16 if s.dtype == "bfloat16" else None
+            model = parallel.make_model(
+                config, None, device, s.parallel == "fsdp", dtype, checkpoint_layers=s.activation_checkpointing
+            )
+            trainer = trainer_class(s, model, masks, n_domains=1)
+            tokens = torch.zeros(mine, s.seq_len + 1, dtype=torch.int64)
+            domain = torch.zeros(mine, dtype=torch.int64)
+            trainer.step(0, tokens, domain)
+            sharded = parallel.is_sharded(model)
+            tracker = FSDPMemTracker(model, trainer.optimizer) if sharded else MemTracker()
+            if not sharded:
+                tracker.track_external(trainer.tree, trainer.optimizer)
+            with tracker:
+                # each micro-batch is an iteration of its own to the tracker
+                model.register_forward_pre_hook(lambda *_: tracker.reset_mod_stats(), prepend=True)
+                trainer.step(1, tokens, domain)
+            (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    finally:
+        parallel.stop()
+    result = dict.fromkeys(ROWS, 0.0)
+    for kind, n_bytes in snapshot.items():
+        if kind != "Total":
+            result[KINDS.get(getattr(kind, "value", kind), "activations")] += n_bytes
+    return {**result, "peak": snapshot["Total"]}
+
+
+def remedies(s, n_params: int, space: float) -> Iterator[tuple[str, object]]:
+    """Settings that need less memory, nearest first: what to say of each, and the settings."""
+    small = s
+    if not s.activation_checkpointing:
+        small = replace(small, activation_checkpointing=True)
+        yield "--activation_checkpointing=True", small
+    if s.rows(s.world_size)[1] > 1:
+        small = replace(small, micro_batch=1)
+        yield "--activation_checkpointing=True --micro_batch=1", small
+    small = replace(small, parallel="fsdp")
+    for n in [s.world_size, *(2**k for k in range(1, 11) if 2**k > s.world_size)]:
+        # float32 weights, gradients and AdamW's two moments alone are 16 bytes a parameter
+        if n > 1 and s.batch_size % n == 0 and 16 * n_params / n < space:
+            options = "--parallel=fsdp --activation_checkpointing=True"
+            yield f"{n} GPUs with {options} --micro_batch={small.rows(n)[1]}", replace(small, world_size=n)
+
+
+def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
+    """Print what the run of these settings would cost. ValueError, with the nearest remedy, where it does not fit."""
+    total, peak = find_gpu(s.gpu)
+    s.rows(s.world_size)
+    if s.init_from:
+        config = shape_of(s.init_from, type(s), make_masks)
+    else:
+        head_dim, n_kv_head = s.head_dim or s.d_model // s.n_head, s.n_kv_head or s.n_head
+        config = LlamaConfig(
+            257,
+            s.n_layer,
+            s.d_model,
+            s.n_head,
+            n_kv_head,
+            head_dim,
+            s.d_ffn,
+            s.seq_len,
+            tie_embeddings=s.tie_embeddings,
+        )
+    masks = make_masks(s, config)
+    target = masks.target if masks else None
+
+    tokens = s.steps * s.batch_size * s.seq_len
+    train_flops = config.flops_per_token(s.seq_len)
+    recomputed = config.flops_per_token(s.seq_len, backward=False) * s.activation_checkpointing
+    evaluations = -(-s.steps // s.eval_interval) + 1
+    eval_tokens = evaluations * s.eval_sequences * (len(s.domains) or len(s.ratio) or 1) * s.seq_len
+    flops = tokens * (train_flops + recomputed) + eval_tokens * config.flops_per_token(s.seq_len, backward=False)
+
+    print(f"{'parameters':<18}{'source':>16}" + f"{'target':>16}" * bool(target))
+    shapes = [parts(c) for c in (config, target) if c]
+    for part in shapes[0]:
+        print(f"  {part:<16}" + "".join(f"{shape[part]:>16,}" for shape in shapes))
+    print(f"  {'all':<16}" + "".join(f"{sum(shape.values()):>16,}" for shape in shapes))
+    row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {tokens / 1e9:,.3f}B tokens")
+    row("evaluation", f"{evaluations:,} times {s.eval_sequences} sequences a domain: {eval_tokens / 1e9:,.3f}B tokens")
+    row("FLOPs a token", f"{train_flops / 1e9:,.2f}G" + f" + {recomputed / 1e9:,.2f}G recomputed" * bool(recomputed))
+
+    need = memory(s, config, make_masks, trainer_class)
+    mine, micro_batch = s.rows(s.world_size)
+    how = f"{s.world_size} x {s.gpu}" + f", {s.parallel}" * (s.world_size > 1)
+    row("memory a GPU", f"at its peak; {how}, {mine // micro_batch} x {micro_batch} sequences a step")
+    for kind in ROWS:
+        row(f"  {kind}", f"{need[kind] / GIB:8.2f} GiB")
+    logits = min(LOGITS_AT_ONCE, micro_batch * s.seq_len * config.vocab_size) * 4 / GIB
+    available = f"of {(total - RESERVE) / GIB:.1f}, with {RESERVE / GIB:.0f} left free"
+    row("  all", f"{need['peak'] / GIB:8.2f} GiB {available}; float32 logits: {logits:.2f} at once")
+    if need["peak"] > total - RESERVE:
+        fits = None
+        for name, settings in remedies(s, config.n_params(), total - RESERVE):
+            print(f"trying {name}", file=sys.stderr)
+            if memory(settings, config, make_masks, trainer_class)["peak"] <= total - RESERVE:
+                fits = name
+                break
+        raise ValueError(
+            f"it does not fit: {need['peak'] / GIB:.1f} GiB {available}, most of it for {max(ROWS, key=need.get)}; "
+            + (f"what fits: {fits}" if fits else "nothing that was tried fits")
+        )
+    if peak:
+        hours = flops / (peak * s.utilisation * s.world_size) / 3600
+        speed = f"at {s.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s a GPU"
+        row("time", f"{hours:,.1f} h, {hours * s.world_size:,.0f} GPU-hours, {speed}")
+
+
+def row(label: str, text: str) -> None:
+    """A line of the table."""
+    print(f"{label:<18}{text}")

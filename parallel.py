@@ -1,0 +1,189 @@
+"""Several processes, as torchrun starts them: who am I, what do I hold of the model, and how do we agree?
+
+    torchrun --nproc_per_node=8 train.py config/prune_7b.py
+
+DDP: every process holds the whole model and a share of the batch; gradients are averaged. FSDP2 (`fully_shard`): every
+process holds 1/n of each parameter, gradient and optimizer state, and gathers one layer at a time to compute with it.
+Both are PyTorch's. With one process all of this does nothing, and training is the same code.
+
+The gates are small: every process holds them all, and averages their gradients itself.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parallel import DistributedDataParallel
+
+from model import Llama, LlamaConfig, open_weights, read_config
+
+# -- who am I, and how do we agree? ---------------------------------------------------------------------------------
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the processes that torchrun started; returns the device of this one. Nothing to do without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # gloo beside nccl: what the hosts have to agree on must not wait for the devices
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all."""
+    if size() > 1:
+        dist.all_reduce(torch.zeros(()))  # on the hosts
+
+
+def sum_(x: Tensor) -> Tensor:
+    """Sum over the processes, in place."""
+    if size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process. The hosts talk, the devices go on working."""
+    if size() == 1:
+        return flag
+    return bool(sum_(torch.tensor(float(flag))))
+
+
+def from_main(value):
+    """The first process's value, a small Python object: two machines may differ in the last digit of a sum."""
+    if size() > 1:
+        box = [value]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        value = box[0]
+    return value
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of parameters that every process holds whole, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if size() > 1 and gradients:
+        flat = sum_(torch.cat([g.flatten() for g in gradients])) / size()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+
+
+# -- what do I hold? ------------------------------------------------------------------------------------------------
+
+
+def make_model(
+    config: LlamaConfig, source: Path | int | None, device: torch.device, sharded: bool = False, dtype=None, **options
+) -> Llama:
+    """The model, or this process's shard of it, with the weights of `source`: a model directory, a seed to draw them
+    from, or None where a checkpoint will fill them in. It is never whole in memory where it is sharded.
+
+    dtype: what a sharded model computes in; its weights and their gradients' sums stay float32.
+    compiled, checkpoint_layers: options, both a layer at a time.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    read = open_weights(source, model) if isinstance(source, Path) else None
+    model.checkpoint_layers = options.get("checkpoint_layers", False)
+    for layer in model.layers if options.get("compiled") else ():
+        layer.compile()
+    if sharded and dist.is_initialized():
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = dist.init_device_mesh(device.type, (size(),))
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    if config.tie_embeddings:  # to_empty made two of it
+        model.lm_head.weight = model.embed_tokens.weight
+    with torch.no_grad():
+        if read is not None:
+            for name, parameter in model.named_parameters():
+                local(parameter).copy_(read(name, my_rows(parameter)))
+        elif source is not None:
+            for parameter, (_, weight) in zip(model.parameters(), model.initial_weights(source)):
+                local(parameter).copy_(weight[my_rows(parameter)])
+    return model
+
+
+def read_model(path: Path, device: torch.device, sharded: bool = False, dtype=None) -> Llama:
+    """The model of a directory in Hugging Face's format, in float32, whole or this process's shard."""
+    return make_model(read_config(path), path, device, sharded, dtype)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the processes hold a shard each of it."""
+    return isinstance(model, FSDPModule)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a parameter: all of it, or its shard."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def my_rows(x: Tensor) -> slice:
+    """Which rows of a parameter those are."""
+    if not isinstance(x, DTensor):
+        return slice(None)
+    shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def engine(model: Llama) -> nn.Module:
+    """What to call in training: the model itself, in DDP where it is whole in each of several processes."""
+    if size() == 1 or is_sharded(model):
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def synchronised(engine: nn.Module, now: bool):
+    """Inside, a backward pass averages gradients only if `now`: once a step, after the last micro-batch."""
+    if is_sharded(engine):
+        engine.set_requires_gradient_sync(now)
+        yield
+    elif isinstance(engine, DistributedDataParallel) and not now:
+        with engine.no_sync():
+            yield
+    else:
+        yield
+
+
+@torch.no_grad()
+def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
+    """Scale all gradients so that their norm together is at most max_norm; returns what it was, without waiting for
+    it. A module's parameters are all sharded or all whole."""
+    parameters = [[p for p in module.parameters() if p.grad is not None] for module in modules]
+    norms = [nn.utils.get_total_norm([p.grad for p in group]) for group in parameters]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for group in parameters:
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
