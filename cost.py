@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import parallel
 from eval import model_directory
@@ -35,6 +36,7 @@ GPUS = {  # name -> memory in bytes, as the driver gives it to a process; peak o
     "a100": (79 * GIB, 312e12),
 }
 RESERVE = 4 * GIB
+BYTES = 257  # vocabulary of a model from scratch: the data set is not looked at
 PUBLISHED = {  # shapes of models that are not at hand yet
     "Llama-2-7b-hf": LlamaConfig(32000, 32, 4096, 32, 32, 128, 11008, 4096),
     "Meta-Llama-3-8B": LlamaConfig(128256, 32, 4096, 32, 8, 128, 14336, 8192, rope_theta=5e5),
@@ -72,19 +74,22 @@ def find_gpu(name: str) -> tuple[float, float | None]:
     raise ValueError(f"gpu = '{name}' is not one of {', '.join(GPUS)}, and no memory size such as 24GB")
 
 
-def shape_of(model: str, settings: type, make_masks: Callable) -> LlamaConfig:
-    """Shape of a model directory or run, or of one that is not there yet: a published one, or what a config makes."""
-    if (directory := model_directory(model)) is not None:
+def shape_of(s, make_masks: Callable) -> LlamaConfig:
+    """Shape of the model that a run starts from: from scratch, of a model directory or run, or, where that is not there
+    yet, a published one or what its config will make."""
+    if not s.init_from:
+        return s.shape(BYTES)
+    if (directory := model_directory(s.init_from)) is not None:
         return read_config(directory)
-    name = Path(model).name
+    name = Path(s.init_from).name
     if name in PUBLISHED:
         return PUBLISHED[name]
     config = Path(__file__).parent / "config" / f"{name}.py"
     if not config.is_file():
-        raise ValueError(f"{model}: no such model or run, and its shape is not known either")
-    s = load(settings, [str(config)])
-    shape = shape_of(s.init_from, settings, make_masks)
-    masks = make_masks(s, shape)
+        raise ValueError(f"{s.init_from}: no such model or run, and its shape is not known either")
+    before = load(type(s), [str(config)])
+    shape = shape_of(before, make_masks)
+    masks = make_masks(before, shape)
     return masks.target if masks else shape
 
 
@@ -100,37 +105,39 @@ def parts(c: LlamaConfig) -> dict[str, int]:
 
 
 def memory(s, config: LlamaConfig, make_masks: Callable, trainer_class: type) -> dict[str, float]:
-    """Bytes of one process by kind, at the moment when a training step needs most, and that "peak". s.world_size
-    processes."""
-    if s.world_size > 1:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group("fake", rank=0, world_size=s.world_size, store=FakeStore())
+    """Bytes that one of s.world_size processes holds when a training step needs most, by kind, and "all"."""
+    mine, micro_batch = s.rows(s.world_size)
+    mine = min(mine, 2 * micro_batch)  # with more micro-batches a step it needs no more
+    # in DDP each process needs what it would need alone: the buckets that are sent are the gradients themselves
+    n = s.world_size if s.parallel == "fsdp" else 1
+    s = replace(s, batch_size=mine * n, micro_batch=micro_batch, gate_samples=mine * n // micro_batch)
+    device, dtype, mesh = torch.device("cpu"), torch.bfloat16 if s.dtype == "bfloat16" else None, None
+    if n > 1:
+        dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
+        mesh = parallel.make_mesh(device)
     try:
-        # beyond two micro-batches a process, more of them need no more memory
-        mine, micro_batch = s.rows(s.world_size)
-        mine = min(mine, 2 * micro_batch)
-        samples = min(s.gate_samples, mine * s.world_size // micro_batch)
-        s = replace(s, batch_size=mine * s.world_size, micro_batch=micro_batch, gate_samples=samples)
         with FakeTensorMode(allow_non_fake_inputs=True):
             masks = make_masks(s, config)
             if masks and s.gates != "learned":
                 config, masks = masks.target, None
-            device, dtype = torch.device("cpu"), torch.bfloat16 if s.dtype == "bfloat16" else None
-            model = parallel.make_model(
-                config, None, device, s.parallel == "fsdp", dtype, checkpoint_layers=s.activation_checkpointing
-            )
+            model = parallel.make_model(config, None, device, mesh, dtype, checkpoint_layers=s.activation_checkpointing)
             trainer = trainer_class(s, model, masks, n_domains=1)
             tokens = torch.zeros(mine, s.seq_len + 1, dtype=torch.int64)
             domain = torch.zeros(mine, dtype=torch.int64)
             trainer.step(0, tokens, domain)
-            sharded = parallel.is_sharded(model)
-            tracker = FSDPMemTracker(model, trainer.optimizer) if sharded else MemTracker()
-            if not sharded:
+            tracker = FSDPMemTracker(model, trainer.optimizer) if mesh else MemTracker()
+            if not mesh:
                 tracker.track_external(trainer.tree, trainer.optimizer)
+            accumulate = trainer.accumulate
+
+            def tracked(*args):
+                tracker.reset_mod_stats()  # a micro-batch is an iteration of its own to the tracker
+                for gradient in parallel.accumulated(model):
+                    tracker._update_and_maybe_create_winfos(gradient, _FSDPRefType.UNSHARDED_GRAD)
+                accumulate(*args)
+
+            trainer.accumulate = tracked
             with tracker:
-                # each micro-batch is an iteration of its own to the tracker
-                model.register_forward_pre_hook(lambda *_: tracker.reset_mod_stats(), prepend=True)
                 trainer.step(1, tokens, domain)
             (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     finally:
@@ -138,8 +145,8 @@ def memory(s, config: LlamaConfig, make_masks: Callable, trainer_class: type) ->
     result = dict.fromkeys(ROWS, 0.0)
     for kind, n_bytes in snapshot.items():
         if kind != "Total":
-            result[KINDS.get(getattr(kind, "value", kind), "activations")] += n_bytes
-    return {**result, "peak": snapshot["Total"]}
+            result[KINDS.get(kind.value, "activations")] += n_bytes
+    return {**result, "all": snapshot["Total"]}
 
 
 def remedies(s, n_params: int, space: float) -> Iterator[tuple[str, object]]:
@@ -163,21 +170,7 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
     """Print what the run of these settings would cost. ValueError, with the nearest remedy, where it does not fit."""
     total, peak = find_gpu(s.gpu)
     s.rows(s.world_size)
-    if s.init_from:
-        config = shape_of(s.init_from, type(s), make_masks)
-    else:
-        head_dim, n_kv_head = s.head_dim or s.d_model // s.n_head, s.n_kv_head or s.n_head
-        config = LlamaConfig(
-            257,
-            s.n_layer,
-            s.d_model,
-            s.n_head,
-            n_kv_head,
-            head_dim,
-            s.d_ffn,
-            s.seq_len,
-            tie_embeddings=s.tie_embeddings,
-        )
+    config = shape_of(s, make_masks)
     masks = make_masks(s, config)
     target = masks.target if masks else None
 
@@ -188,39 +181,44 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
     eval_tokens = evaluations * s.eval_sequences * (len(s.domains) or len(s.ratio) or 1) * s.seq_len
     flops = tokens * (train_flops + recomputed) + eval_tokens * config.flops_per_token(s.seq_len, backward=False)
 
-    print(f"{'parameters':<18}{'source':>16}" + f"{'target':>16}" * bool(target))
     shapes = [parts(c) for c in (config, target) if c]
+    row("parameters", "".join(f"{name:>16}" for name in ("source", "target")[: len(shapes)]))
     for part in shapes[0]:
-        print(f"  {part:<16}" + "".join(f"{shape[part]:>16,}" for shape in shapes))
-    print(f"  {'all':<16}" + "".join(f"{sum(shape.values()):>16,}" for shape in shapes))
-    row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {tokens / 1e9:,.3f}B tokens")
-    row("evaluation", f"{evaluations:,} times {s.eval_sequences} sequences a domain: {eval_tokens / 1e9:,.3f}B tokens")
-    row("FLOPs a token", f"{train_flops / 1e9:,.2f}G" + f" + {recomputed / 1e9:,.2f}G recomputed" * bool(recomputed))
+        row(f"  {part}", "".join(f"{shape[part]:>16,}" for shape in shapes))
+    row("  all", "".join(f"{sum(shape.values()):>16,}" for shape in shapes))
+    row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {tokens:,} tokens")
+    row("evaluation", f"{evaluations:,} times {s.eval_sequences} sequences a domain: {eval_tokens:,} tokens")
+    row("FLOPs a token", f"{train_flops:.3g}" + f" + {recomputed:.3g} recomputed" * bool(recomputed))
 
     need = memory(s, config, make_masks, trainer_class)
     mine, micro_batch = s.rows(s.world_size)
     how = f"{s.world_size} x {s.gpu}" + f", {s.parallel}" * (s.world_size > 1)
     row("memory a GPU", f"at its peak; {how}, {mine // micro_batch} x {micro_batch} sequences a step")
     for kind in ROWS:
-        row(f"  {kind}", f"{need[kind] / GIB:8.2f} GiB")
-    logits = min(LOGITS_AT_ONCE, micro_batch * s.seq_len * config.vocab_size) * 4 / GIB
-    available = f"of {(total - RESERVE) / GIB:.1f}, with {RESERVE / GIB:.0f} left free"
-    row("  all", f"{need['peak'] / GIB:8.2f} GiB {available}; float32 logits: {logits:.2f} at once")
-    if need["peak"] > total - RESERVE:
+        row(f"  {kind}", f"{size(need[kind]):>16}")
+    logits = min(LOGITS_AT_ONCE, micro_batch * s.seq_len * config.vocab_size) * 4
+    row("  all", f"{size(need['all']):>16} of {size(total - RESERVE)}, {size(RESERVE)} are left free")
+    row("  float32 logits", f"{size(logits):>16} at once, when activations are at their most")
+    if need["all"] > total - RESERVE:
         fits = None
         for name, settings in remedies(s, config.n_params(), total - RESERVE):
             print(f"trying {name}", file=sys.stderr)
-            if memory(settings, config, make_masks, trainer_class)["peak"] <= total - RESERVE:
+            if memory(settings, config, make_masks, trainer_class)["all"] <= total - RESERVE:
                 fits = name
                 break
         raise ValueError(
-            f"it does not fit: {need['peak'] / GIB:.1f} GiB {available}, most of it for {max(ROWS, key=need.get)}; "
+            f"it does not fit: {size(need['all'])} of {size(total - RESERVE)}, most of it for {max(ROWS, key=need.get)}; "
             + (f"what fits: {fits}" if fits else "nothing that was tried fits")
         )
     if peak:
         hours = flops / (peak * s.utilisation * s.world_size) / 3600
         speed = f"at {s.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s a GPU"
-        row("time", f"{hours:,.1f} h, {hours * s.world_size:,.0f} GPU-hours, {speed}")
+        row("time", f"{hours:,.2f} h, {hours * s.world_size:,.1f} GPU-hours, {speed}")
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as GiB or MiB."""
+    return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:,.2f} MiB"
 
 
 def row(label: str, text: str) -> None:

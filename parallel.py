@@ -10,6 +10,7 @@ The gates are small: every process holds them all, and averages their gradients 
 """
 
 import os
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Llama, LlamaConfig, open_weights, read_config
+
+# losses are a view of a flat tensor, and nothing changes them in place
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 # -- who am I, and how do we agree? ---------------------------------------------------------------------------------
 
@@ -101,13 +105,19 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 # -- what do I hold? ------------------------------------------------------------------------------------------------
 
 
+def make_mesh(device: torch.device) -> dist.DeviceMesh | None:
+    """All processes in a row, to shard a model over; None where there are none."""
+    return dist.init_device_mesh(device.type, (size(),)) if dist.is_initialized() else None
+
+
 def make_model(
-    config: LlamaConfig, source: Path | int | None, device: torch.device, sharded: bool = False, dtype=None, **options
+    config: LlamaConfig, source: Path | int | None, device: torch.device, mesh=None, dtype=None, **options
 ) -> Llama:
     """The model, or this process's shard of it, with the weights of `source`: a model directory, a seed to draw them
     from, or None where a checkpoint will fill them in. It is never whole in memory where it is sharded.
 
-    dtype: what a sharded model computes in; its weights and their gradients' sums stay float32.
+    mesh: of `make_mesh`, to shard it; dtype: what a sharded model computes in, while its weights and the sums of their
+    gradients stay float32.
     compiled, checkpoint_layers: options, both a layer at a time.
     """
     with torch.device("meta"):
@@ -116,13 +126,15 @@ def make_model(
     model.checkpoint_layers = options.get("checkpoint_layers", False)
     for layer in model.layers if options.get("compiled") else ():
         layer.compile()
-    if sharded and dist.is_initialized():
+    if mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mesh = dist.init_device_mesh(device.type, (size(),))
         for module in (*model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=device)
-    if config.tie_embeddings:  # to_empty made two of it
+        model.to_empty(device=device)
+    else:
+        empty = {name: torch.empty_like(parameter, device=device) for name, parameter in model.named_parameters()}
+        model.load_state_dict(empty, strict=False, assign=True)
+    if config.tie_embeddings:  # made two of it
         model.lm_head.weight = model.embed_tokens.weight
     with torch.no_grad():
         if read is not None:
@@ -134,9 +146,9 @@ def make_model(
     return model
 
 
-def read_model(path: Path, device: torch.device, sharded: bool = False, dtype=None) -> Llama:
+def read_model(path: Path, device: torch.device, mesh=None, dtype=None) -> Llama:
     """The model of a directory in Hugging Face's format, in float32, whole or this process's shard."""
-    return make_model(read_config(path), path, device, sharded, dtype)
+    return make_model(read_config(path), path, device, mesh, dtype)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -175,6 +187,13 @@ def synchronised(engine: nn.Module, now: bool):
             yield
     else:
         yield
+
+
+def accumulated(model: nn.Module) -> list[Tensor]:
+    """The gradients of a sharded model that are not averaged yet, and therefore whole."""
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in model.modules() if is_sharded(m)]
+    gradients = [p.unsharded_accumulated_grad for group in groups if group for p in group.fsdp_params]
+    return [g for g in gradients if g is not None]
 
 
 @torch.no_grad()

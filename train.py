@@ -188,6 +188,21 @@ class Settings:
             )
         return mine, self.micro_batch or most
 
+    def shape(self, vocab_size: int, eot: int | None = None) -> LlamaConfig:
+        """Shape of a model from scratch."""
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            n_layer=self.n_layer,
+            d_model=self.d_model,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head or self.n_head,
+            head_dim=self.head_dim or self.d_model // self.n_head,
+            d_ffn=self.d_ffn,
+            max_seq_len=self.seq_len,
+            tie_embeddings=self.tie_embeddings,
+            eos_token_id=eot,
+        )
+
     @property
     def is_pruning(self) -> bool:
         """Whether a target shape is set."""
@@ -210,18 +225,7 @@ FREE |= {"micro_batch", "parallel", "activation_checkpointing", "dry_run", "worl
 def make_config(s: Settings, data: TokenData) -> LlamaConfig:
     """Shape of the model that a run starts from."""
     if not s.init_from:
-        return LlamaConfig(
-            vocab_size=data.vocab_size,
-            n_layer=s.n_layer,
-            d_model=s.d_model,
-            n_head=s.n_head,
-            n_kv_head=s.n_kv_head or s.n_head,
-            head_dim=s.head_dim or s.d_model // s.n_head,
-            d_ffn=s.d_ffn,
-            max_seq_len=s.seq_len,
-            tie_embeddings=s.tie_embeddings,
-            eos_token_id=data.eot,
-        )
+        return s.shape(data.vocab_size, data.eot)
     config = read_config(directory_of(s.init_from))
     check_tokenizer(s.init_from, config, data)
     return config
@@ -346,17 +350,9 @@ class Trainer:
         s, masks = self.s, self.masks
         for group, rate in zip(self.optimizer.param_groups, self.rates):  # all rates follow one schedule
             group["lr"] = rate * lr_scale(step, s)
-        first_row, rows_a_sample = parallel.rank() * self.rows, s.batch_size // s.gate_samples
         for row in range(0, self.rows, self.micro_batch):
-            batch, d = (x[row : row + self.micro_batch] for x in (tokens, domain))
-            z = masks.sample(s.seed, step, (first_row + row) // rows_a_sample) if masks else None
-            with parallel.synchronised(self.engine, now=row + self.micro_batch == self.rows):
-                with autocast(s, self.model):
-                    nll = self.engine(batch[:, :-1], z, targets=batch[:, 1:])  # (b, T)
-                # the processes' gradients are averaged, so each counts its share as often as there are processes
-                (nll.sum() * (parallel.size() / (s.batch_size * s.seq_len))).backward()
-            measured = torch.stack((nll.detach().sum(1, dtype=torch.float64), torch.full_like(d, s.seq_len).double()))
-            self.unlogged.index_add_(1, d, measured)
+            part = slice(row, row + self.micro_batch)
+            self.accumulate(step, row, tokens[part], domain[part])
         if masks:
             parallel.average_gradients(masks.parameters())
             self.constraint, self.stats = masks.lagrangian(step)
@@ -369,6 +365,19 @@ class Trainer:
         self.optimizer.zero_grad()
         if masks:
             masks.clamp_()
+
+    def accumulate(self, step: int, row: int, tokens: Tensor, domain: Tensor) -> None:
+        """Forward and backward of a micro-batch that starts at this row of the process's."""
+        s = self.s
+        sample = (parallel.rank() * self.rows + row) // (s.batch_size // s.gate_samples)
+        z = self.masks.sample(s.seed, step, sample) if self.masks else None
+        with parallel.synchronised(self.engine, now=row + len(tokens) == self.rows):
+            with autocast(s, self.model):
+                nll = self.engine(tokens[:, :-1], z, targets=tokens[:, 1:])  # (b, T)
+            # the processes' gradients are averaged, so each counts its share as often as there are processes
+            (nll.sum() * (parallel.size() / (s.batch_size * s.seq_len))).backward()
+        counts = torch.full_like(domain, s.seq_len, dtype=torch.float64)
+        self.unlogged.index_add_(1, domain, torch.stack((nll.detach().sum(1, dtype=torch.float64), counts)))
 
     def measured(self) -> Tensor:
         """`unlogged` of all processes."""
@@ -406,7 +415,8 @@ def main():
         masks = make_masks(s, config)
         mixture = make_mixture(s, data, s.reference_losses or None)
         teacher = directory_of(s.reference_model) if s.reference_model and not s.reference_losses else None
-        sharding = {"sharded": s.parallel == "fsdp", "dtype": torch.bfloat16 if s.dtype == "bfloat16" else None}
+        mesh = parallel.make_mesh(device) if s.parallel == "fsdp" else None
+        sharding = {"mesh": mesh, "dtype": torch.bfloat16 if s.dtype == "bfloat16" else None}
 
         start = directory_of(s.init_from) if s.init_from else s.seed
         if masks and s.gates != "learned":

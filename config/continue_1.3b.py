@@ -19,11 +19,12 @@ init_from = "out/prune_7b"
 
 steps = 48000
 batch_size = 256
-micro_batch = 16
+micro_batch = 4
 seq_len = 4096
 lr = 1e-4
 warmup = 1440
 dtype = "bfloat16"
+parallel = "fsdp"
 compile = True
 
 schedule = "dro"
@@ -49,5 +50,5 @@ reference_losses = {
 }
 
 eval_interval = 400
-eval_sequences = 500
+eval_sequences = 64
 save_interval = 400

@@ -26,11 +26,14 @@ target_d_ffn = 5504
 
 steps = 3200
 batch_size = 32
-micro_batch = 4
+gate_samples = 32
+micro_batch = 1
 seq_len = 4096
 lr = 1e-4
 warmup = 320
 dtype = "bfloat16"
+parallel = "fsdp"
+activation_checkpointing = True
 compile = True
 
 sparsity_warmup = 640
@@ -61,5 +64,5 @@ reference_losses = {
 }
 
 eval_interval = 50
-eval_sequences = 500
+eval_sequences = 64
 save_interval = 200
