@@ -11,7 +11,6 @@ The time is no measurement: FLOPs, recomputed ones too, over the GPU's peak time
 """
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -173,13 +172,15 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
     config = shape_of(s, make_masks)
     masks = make_masks(s, config)
     target = masks.target if masks else None
+    trained = config if not masks or s.gates == "learned" else target
 
     tokens = s.steps * s.batch_size * s.seq_len
-    train_flops = config.flops_per_token(s.seq_len)
-    recomputed = config.flops_per_token(s.seq_len, backward=False) * s.activation_checkpointing
-    evaluations = -(-s.steps // s.eval_interval) + 1
-    eval_tokens = evaluations * s.eval_sequences * (len(s.domains) or len(s.ratio) or 1) * s.seq_len
-    flops = tokens * (train_flops + recomputed) + eval_tokens * config.flops_per_token(s.seq_len, backward=False)
+    train_flops = trained.flops_per_token(s.seq_len)
+    forward_flops = trained.flops_per_token(s.seq_len, backward=False)
+    recomputed = forward_flops * s.activation_checkpointing
+    evaluations, n_domains = -(-s.steps // s.eval_interval) + 1, len(s.domains) or len(s.ratio) or 1
+    eval_tokens = evaluations * s.eval_sequences * n_domains * s.seq_len
+    flops = tokens * (train_flops + recomputed) + eval_tokens * forward_flops
 
     shapes = [parts(c) for c in (config, target) if c]
     row("parameters", "".join(f"{name:>16}" for name in ("source", "target")[: len(shapes)]))
@@ -187,7 +188,8 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
         row(f"  {part}", "".join(f"{shape[part]:>16,}" for shape in shapes))
     row("  all", "".join(f"{sum(shape.values()):>16,}" for shape in shapes))
     row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {tokens:,} tokens")
-    row("evaluation", f"{evaluations:,} times {s.eval_sequences} sequences a domain: {eval_tokens:,} tokens")
+    known = f"{n_domains} domains" if s.domains or s.ratio else "each domain"
+    row("evaluation", f"{evaluations:,} times {s.eval_sequences} sequences of {known}: {eval_tokens:,} tokens")
     row("FLOPs a token", f"{train_flops:.3g}" + f" + {recomputed:.3g} recomputed" * bool(recomputed))
 
     need = memory(s, config, make_masks, trainer_class)
@@ -202,14 +204,13 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
     if need["all"] > total - RESERVE:
         fits = None
         for name, settings in remedies(s, config.n_params(), total - RESERVE):
-            print(f"trying {name}", file=sys.stderr)
+            print(f"trying {name}")
             if memory(settings, config, make_masks, trainer_class)["all"] <= total - RESERVE:
                 fits = name
                 break
-        raise ValueError(
-            f"it does not fit: {size(need['all'])} of {size(total - RESERVE)}, most of it for {max(ROWS, key=need.get)}; "
-            + (f"what fits: {fits}" if fits else "nothing that was tried fits")
-        )
+        needed = f"{size(need['all'])} of {size(total - RESERVE)}, most of it for {max(ROWS, key=need.get)}"
+        remedy = f"what fits: {fits}" if fits else "nothing that was tried fits"
+        raise ValueError(f"it does not fit: {needed}; {remedy}")
     if peak:
         hours = flops / (peak * s.utilisation * s.world_size) / 3600
         speed = f"at {s.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s a GPU"

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Llama, LlamaConfig, open_weights, read_config
@@ -165,8 +164,8 @@ def my_rows(x: Tensor) -> slice:
     """Which rows of a parameter those are."""
     if not isinstance(x, DTensor):
         return slice(None)
-    shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-    return slice(offset[0], offset[0] + shape[0])
+    rows = -(-x.shape[0] // size())  # fully_shard cuts like torch.chunk: the last ones may be smaller, or empty
+    return slice(rank() * rows, (rank() + 1) * rows)
 
 
 def engine(model: Llama) -> nn.Module:

@@ -1,0 +1,119 @@
+"""What survives: full disks, saves in the background, a start from somebody else's checkpoint."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SHAPE, metrics, run
+from torch.distributed import checkpoint as dcp
+
+from checkpoint import Run, newest_checkpoint
+
+
+def test_a_full_disk_loses_nothing_older(chain, tmp_path, monkeypatch):
+    """A limit on the size of files stands in for the disk: the save of step 40 fails, and the run ends as ever."""
+    out, args = chain
+    mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["prune"]]
+    assert run(monkeypatch, *mine, "--stop_at=30") == 0
+    (weights,) = (tmp_path / "x" / "checkpoints" / "step_000030").glob("*.distcp")
+    limit = weights.stat().st_size // 2
+    done = subprocess.run(
+        [sys.executable, "train.py", *SHAPE, *map(str, mine)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr  # fmt: skip
+    assert "File too large" in done.stderr and "the same command goes on from" in done.stderr
+    assert newest_checkpoint(tmp_path / "x").name == "step_000030"
+    assert run(monkeypatch, *mine) == 0
+    for name in ("model/model.safetensors", "model/pruning.json"):
+        assert (tmp_path / "x" / name).read_bytes() == (out["prune"] / name).read_bytes()
+    assert metrics(tmp_path / "x")[1:] == metrics(out["prune"])[1:]
+
+
+def test_a_run_goes_on_from_another_runs_checkpoint(chain, tmp_path, monkeypatch, capsys):
+    out, args = chain
+    mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["prune"]]
+    before = {p: p.read_bytes() for p in out["prune"].rglob("*") if p.is_file()}
+    origin = out["prune"] / "checkpoints" / "step_000050"
+    assert run(monkeypatch, *mine, f"--resume={origin}", "--steps=61") == 2
+    assert "started with other settings" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert run(monkeypatch, *mine, f"--resume={origin}", "--stop_at=57") == 0
+    assert f"going on from {origin}" in capsys.readouterr().out
+    assert run(monkeypatch, *mine, f"--resume={origin}") == 0  # the same command goes on from its own checkpoint
+    assert "going on from " + str(tmp_path / "x" / "checkpoints" / "step_000057") in capsys.readouterr().out
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/pruning.json"):
+        assert (tmp_path / "x" / name).read_bytes() == (out["prune"] / name).read_bytes()
+    assert before == {p: p.read_bytes() for p in out["prune"].rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(in_background, tmp_path):
+    """Training goes on while it is written, and must not be seen in it."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(300, 300)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    run = Run(str(tmp_path / "x"), {"a": 1}, set())
+    run.open()
+    expected = {}
+    for step in (1, 2, 3):
+        model(torch.randn(8, 300)).square().mean().backward()
+        optimizer.step()
+        expected[step] = model.weight.detach().clone()
+        run.log(step=step)
+        run.save(step, model, optimizer, {"seconds": step}, keep=2, in_background=in_background)
+        with torch.no_grad():
+            model.weight.zero_()  # the next step, while the file is being written
+            model.weight.copy_(expected[step])
+    run.finish_save()
+    assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    for step in (2, 3):
+        found = {"weights": {"weight": torch.zeros(300, 300), "bias": torch.zeros(300)}}
+        where = tmp_path / "x" / "checkpoints" / f"step_{step:06d}"
+        dcp.load(found, checkpoint_id=where, no_dist=True)
+        assert torch.equal(found["weights"]["weight"], expected[step])
+        state = json.loads((where / "state.json").read_text())
+        assert state["step"] == step and state["metrics_bytes"] == sum(
+            len(f'{{"step": {i}}}\n') for i in range(1, step + 1)
+        )
+
+
+def test_what_is_half_written_is_never_read(chain, tmp_path, monkeypatch, capsys):
+    out, args = chain
+    mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["continue"]]
+    assert run(monkeypatch, *mine, "--stop_at=20") == 0
+    half = tmp_path / "x" / "checkpoints" / "step_000030.partial"
+    half.mkdir()
+    (half / "state.json").write_text('{"step": 30, "metrics')
+    (tmp_path / "x" / "model.partial").mkdir()
+    (tmp_path / "x" / "model.partial" / "config.json").write_text("{")
+    capsys.readouterr()
+    assert run(monkeypatch, *mine) == 0 and "step_000020" in capsys.readouterr().out
+    assert metrics(tmp_path / "x")[1:] == metrics(out["continue"])[1:]
+    assert not [*(tmp_path / "x").rglob("*.partial")]
+
+
+def test_state_does_not_grow_with_the_tokens(tiny_data, tmp_path, monkeypatch):
+    sizes = []
+    for seq_len in (8, 64):  # eight times the tokens
+        out = tmp_path / str(seq_len)
+        args = [f"--data={tiny_data}", f"--out={out}", f"--seq_len={seq_len}", "--batch_size=8", "--steps=20"]
+        assert run(monkeypatch, *args) == 0
+        text = (newest_checkpoint(out) / "state.json").read_text()
+        sizes.append(len(re.sub(r"\d+(\.\d+)?(e-?\d+)?", "1", text)))  # but for the digits of its numbers
+    assert sizes[0] == sizes[1]
+
+
+def test_metrics_hold_nothing_but_what_the_settings_give(chain):
+    """How fast it was is in timings.jsonl, a line for each training line."""
+    for run_ in chain[0].values():
+        assert not {"seconds", "tokens_per_second"} & {key for line in metrics(run_) for key in line}
+        times = [json.loads(line) for line in (run_ / "timings.jsonl").read_text().splitlines()]
+        assert [t["step"] for t in times] == [line["step"] for line in metrics(run_, "train")]
+        assert all(t["tokens_per_second"] > 0 and t["peak_memory"] > 1e7 and t["mfu"] is None for t in times)
