@@ -157,6 +157,10 @@ def remedies(s, n_params: int, space: float) -> Iterator[tuple[str, object]]:
     if s.rows(s.world_size)[1] > 1:
         small = replace(small, micro_batch=1)
         yield "--activation_checkpointing=True --micro_batch=1", small
+    if s.parallel == "fsdp" and s.world_size > 1:
+        small = replace(small, shard_gradients=True)
+        micro = s.rows(s.world_size)[1] > 1
+        yield "--activation_checkpointing=True" + " --micro_batch=1" * micro + " --shard_gradients=True", small
     small = replace(small, parallel="fsdp")
     for n in [s.world_size, *(2**k for k in range(1, 11) if 2**k > s.world_size)]:
         # float32 weights, gradients and AdamW's two moments alone are 16 bytes a parameter

@@ -3,6 +3,7 @@
     python eval.py out/toy_pretrain out/toy_prune out/toy_continue --data data/demo
     python eval.py out/toy_prune/checkpoints/step_000100 --data data/demo --json eval.json
     python eval.py out/toy_continue --data data/demo --sample "def main("
+    python eval.py out/toy_prune out/toy_continue --data data/demo --continuation     # continuation.py
 
 Each argument is a run, a checkpoint of it, or a model directory in Hugging Face's format. A run without a finished
 model is read from its newest checkpoint; a checkpoint of a pruning run is extracted at its target shape first.
@@ -25,6 +26,7 @@ from torch.distributed import checkpoint as dcp
 
 import parallel
 from checkpoint import newest_checkpoint
+from continuation import Question, accuracy, log_likelihoods, make_questions, read_questions, write_questions
 from data import TokenData
 from masks import PruningMasks, extract
 from model import Gates, KVCache, Llama, LlamaConfig
@@ -33,6 +35,7 @@ from tokenizer import fingerprint, load_tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
 
+QUESTIONS_A_DOMAIN = 200
 PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens generated, times measured
 
 
@@ -209,6 +212,48 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def ask(data: TokenData, tokenizer, args) -> dict[str, list[Question]]:
+    """The questions of each domain: made from the text, or read from files."""
+    if args.questions:
+        questions = {Path(file).stem: read_questions(Path(file)) for file in args.questions}
+    else:
+        n, split = args.sequences or QUESTIONS_A_DOMAIN, args.split
+        questions = {d: make_questions(data, tokenizer, d, split, n, args.seed) for d in data.domains}
+    if args.write_questions:
+        Path(args.write_questions).mkdir(parents=True, exist_ok=True)
+        for domain, asked in questions.items():
+            write_questions(Path(args.write_questions) / f"{domain}.jsonl", asked)
+    return questions
+
+
+def answer(names: list[str], models: list[Llama], tokenizer, questions: dict, batch_size: int) -> dict:
+    """Model name -> domains and their average, each with accuracy and standard error."""
+    results = {}
+    for name, model in zip(names, models):
+        domains = {
+            d: accuracy(log_likelihoods(model, tokenizer, asked, batch_size), asked) for d, asked in questions.items()
+        }
+        rows = domains.values()
+        average = {
+            "accuracy": statistics.fmean(r["accuracy"] for r in rows),
+            "standard_error": math.sqrt(sum(r["standard_error"] ** 2 for r in rows)) / len(rows),
+        }
+        results[name] = {"domains": domains, "average": average}
+    return results
+
+
+def answer_table(results: dict) -> str:
+    """The accuracies as text, in percent."""
+    domains = list(next(iter(results.values()))["domains"])
+    width, block = max(map(len, [*domains, "average"])), 30
+    lines = [" " * width + "".join(f"{shorten(name, block - 2):>{block}}" for name in results)]
+    for label in [*domains, "average"]:
+        rows = [r["domains"].get(label) or r[label] for r in results.values()]
+        cells = (f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}" for row in rows)
+        lines.append(f"{label:<{width}}" + "".join(f"{cell:>{block}}" for cell in cells))
+    return "\n".join(lines)
+
+
 def shorten(name: str, width: int) -> str:
     """The end of a name, which is what tells paths apart."""
     return name if len(name) <= width else "…" + name[-width + 1 :]
@@ -218,9 +263,12 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL_OR_RUN")
     parser.add_argument("--data", required=True, help="data set made by prepare_data.py")
+    parser.add_argument("--continuation", action="store_true", help="ask which of two continuations is the true one")
+    parser.add_argument("--questions", nargs="+", metavar="FILE", help="of the .jsonl files instead, one a domain")
+    parser.add_argument("--write_questions", metavar="DIR", help="write the questions that are asked as .jsonl files")
     parser.add_argument("--split", default="test", choices=["val", "test", "train"])
     parser.add_argument("--seq_len", type=int, default=0, help="tokens a window (default: the data's window, or less)")
-    parser.add_argument("--sequences", type=int, default=0, help="windows a domain (default: all)")
+    parser.add_argument("--sequences", type=int, default=0, help="windows a domain (default: all), or questions (200)")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--json", metavar="FILE", help="write the results here, too")
     parser.add_argument("--sample", metavar="TEXT", help="continue this text with each model instead")
@@ -243,15 +291,21 @@ def main():
         args.seq_len = args.seq_len or min(data.meta["window"], longest)
         if not 0 < args.seq_len <= longest:
             raise ValueError(f"--seq_len {args.seq_len}: the models take 1 to {longest} tokens")
-        tokenizer = load_tokenizer(data.tokenizer) if args.sample is not None else None
-    if tokenizer is not None:
+        asking = args.continuation or args.questions or args.write_questions
+        tokenizer = load_tokenizer(data.tokenizer) if asking or args.sample is not None else None
+        questions = ask(data, tokenizer, args) if asking else None
+    if args.sample is not None:
         prompt = torch.tensor([tokenizer.encode(args.sample).tolist() or [data.eot]], device=device)
         for path, model in zip(args.models, models):
             out = model.generate(prompt, args.tokens, args.temperature, args.seed)[0].tolist()
             print(f"--- {path}\n{tokenizer.decode(out)}")
         return
-    results = evaluate(args.models, models, data, args)
-    print(table(results))
+    if questions is None:
+        results = evaluate(args.models, models, data, args)
+        print(table(results))
+    else:
+        results = answer(args.models, models, tokenizer, questions, args.batch_size)
+        print(answer_table(results))
     if args.json:
         with user_errors():
             Path(args.json).write_text(

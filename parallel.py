@@ -177,7 +177,7 @@ def engine(model: Llama) -> nn.Module:
 
 @contextmanager
 def synchronised(engine: nn.Module, now: bool):
-    """Inside, a backward pass averages gradients only if `now`: once a step, after the last micro-batch."""
+    """Inside, a backward pass averages gradients only if `now`."""
     if is_sharded(engine):
         engine.set_requires_gradient_sync(now)
         yield

@@ -127,6 +127,7 @@ class Settings:
     device: Annotated[str, "'cpu', 'cuda', 'cuda:1', ...; 'auto' = cuda if there is one"] = "auto"
     dtype: Annotated[Literal["float32", "bfloat16"], "of the matrix products; weights stay float32"] = "float32"
     parallel: Annotated[Literal["ddp", "fsdp"], "several processes: each holds the whole model, or a shard"] = "ddp"
+    shard_gradients: Annotated[bool, "fsdp: average after every micro-batch: less memory, more traffic"] = False
     activation_checkpointing: Annotated[bool, "compute each layer again in the backward pass: less memory"] = False
     compile: Annotated[bool, "torch.compile each layer"] = False
     threads: Annotated[int, "CPU threads, 0 = torch's choice"] = 0
@@ -216,7 +217,16 @@ class Settings:
 
 # settings that may change when a run goes on
 FREE = {"out", "resume", "stop_at", "save_interval", "keep_checkpoints", "log_interval", "device", "compile", "threads"}
-FREE |= {"micro_batch", "parallel", "activation_checkpointing", "dry_run", "world_size", "gpu", "utilisation"}
+FREE |= {
+    "micro_batch",
+    "parallel",
+    "shard_gradients",
+    "activation_checkpointing",
+    "dry_run",
+    "world_size",
+    "gpu",
+    "utilisation",
+}
 
 
 # -- what a run is made of ------------------------------------------------------------------------------------------
@@ -371,7 +381,8 @@ class Trainer:
         s = self.s
         sample = (parallel.rank() * self.rows + row) // (s.batch_size // s.gate_samples)
         z = self.masks.sample(s.seed, step, sample) if self.masks else None
-        with parallel.synchronised(self.engine, now=row + len(tokens) == self.rows):
+        last = row + len(tokens) == self.rows
+        with parallel.synchronised(self.engine, now=last or s.shard_gradients):
             with autocast(s, self.model):
                 nll = self.engine(tokens[:, :-1], z, targets=tokens[:, 1:])  # (b, T)
             # the processes' gradients are averaged, so each counts its share as often as there are processes
