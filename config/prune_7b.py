@@ -2,8 +2,12 @@
 
     torchrun --nproc_per_node=8 train.py config/prune_7b.py
 
-3,200 steps of 32 x 4,096 tokens: 0.42B tokens. Weights, gradients and AdamW in float32 are 16 bytes a parameter of the
-source, 108 GB: several GPUs. Then continue_1.3b.py: 50B tokens.
+3,200 steps of 32 x 4,096 tokens: 0.42B tokens. 38 GiB a GPU on 8, 17 with
+shard_gradients = True. Look before you rent:
+
+    python train.py config/prune_7b.py --dry_run=True --world_size=8 --gpu=h100
+
+Then continue_1.3b.py: 50B tokens.
 """
 
 out = "out/prune_7b"

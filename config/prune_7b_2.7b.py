@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train.py config/prune_7b_2.7b.py
 
-0.42B tokens. Weights, gradients and AdamW in float32 are 16 bytes a parameter of the source, 108 GB: several GPUs.
+0.42B tokens; 38 GiB a GPU on 8, 17 with shard_gradients = True.
 """
 
 out = "out/prune_7b_2.7b"

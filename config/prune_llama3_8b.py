@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train.py config/prune_llama3_8b.py
 
-0.42B tokens. Weights, gradients and AdamW in float32 are 16 bytes a parameter of the source, 128 GB: several GPUs.
+0.42B tokens; 48 GiB a GPU on 8 (`--dry_run=True --world_size=8`).
 """
 
 out = "out/prune_llama3_8b"
