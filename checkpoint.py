@@ -48,7 +48,7 @@ class Run:
             raise ValueError(f"{out} holds a run already: remove it, or choose another --out, or resume='auto'")
         origin = self.path
         if resume not in ("auto", "never") and not (self.finished or self.checkpoint):
-            given = Path(resume)
+            given = Path(resume).absolute()
             self.checkpoint = given if (given / "state.json").is_file() else newest_checkpoint(given)
             if self.checkpoint is None:
                 raise ValueError(
@@ -74,7 +74,9 @@ class Run:
         if not parallel.main():
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+        partial = self.path / "config.json.partial"
+        partial.write_text(json.dumps(self.settings, indent=2) + "\n")
+        os.replace(partial, self.path / "config.json")
         self.metrics, self.timings = (open(self.path / name, "ab") for name in ("metrics.jsonl", "timings.jsonl"))
         # what a dead run logged after its last checkpoint will be logged again
         length = self.state["metrics_bytes"] if self.state else 0

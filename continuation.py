@@ -114,7 +114,7 @@ def log_likelihoods(model: Llama, tokenizer: Tokenizer, questions: list[Question
         for choice in (q.choice1, q.choice2):
             ids = tokenizer.encode(q.question + choice).tolist()
             scored = min(max(1, len(ids) - len(context)), longest - 1)
-            rows.append((([tokenizer.eot] * (not context) + ids)[-longest:], scored))
+            rows.append((([tokenizer.eot] * (len(ids) <= scored) + ids)[-longest:], scored))
     device, means = parallel.local(model.embed_tokens.weight).device, np.empty(len(rows))
     order = np.argsort([-len(ids) for ids, _ in rows], kind="stable")  # of like length together: less padding
     for part in np.split(order, range(batch_size, len(order), batch_size)):

@@ -13,6 +13,7 @@ The time is no measurement: FLOPs, recomputed ones too, over the GPU's peak time
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,11 +29,12 @@ from model import LOGITS_AT_ONCE, LlamaConfig, read_config
 from settings import load
 
 GIB = 2**30
-GPUS = {  # name -> memory in bytes, as the driver gives it to a process; peak of dense bf16 matrix products, FLOP/s
-    "h200": (140 * GIB, 989e12),
-    "h100": (79 * GIB, 989e12),
-    "a100-40gb": (39 * GIB, 312e12),
-    "a100": (79 * GIB, 312e12),
+PEAKS = {"h200": (989e12, 67e12), "h100": (989e12, 67e12), "a100": (312e12, 19.5e12)}  # FLOP/s in bfloat16, float32
+GPUS = {  # name -> memory in bytes, as the driver gives it to a process
+    "h200": 140 * GIB,
+    "h100": 79 * GIB,
+    "a100-40gb": 39 * GIB,
+    "a100": 79 * GIB,
 }
 RESERVE = 4 * GIB
 BYTES = 257  # vocabulary of a model from scratch: the data set is not looked at
@@ -56,20 +58,23 @@ KINDS = {  # what the trackers call it -> a row of our table
 ROWS = ["weights", "gradients", "optimizer", "gathered shards", "activations"]
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak of a CUDA device's dense bf16 matrix products, FLOP/s; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device).lower()
-    return next((peak for gpu, (_, peak) in GPUS.items() if gpu in name), None)
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Peak of a CUDA device's dense matrix products in a dtype, FLOP/s; None where it is not known."""
+    return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
-def find_gpu(name: str) -> tuple[float, float | None]:
-    """Memory in bytes and peak FLOP/s of a GPU, or of a memory size such as 24GB, whose peak is not known."""
+def peak_of(name: str, dtype: str) -> float | None:
+    """The same of a GPU's name."""
+    peaks = next((peaks for gpu, peaks in PEAKS.items() if gpu in name.lower()), None)
+    return peaks and peaks[dtype == "float32"]
+
+
+def memory_of(name: str) -> float:
+    """Memory in bytes of a GPU, or of a memory size such as 24GB. ValueError for neither."""
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:(GB)|GiB)", name, re.IGNORECASE):
-        return float(size[1]) * (1e9 if size[2] else GIB), None
+        return float(size[1]) * (1e9 if size[2] else GIB)
     raise ValueError(f"gpu = '{name}' is not one of {', '.join(GPUS)}, and no memory size such as 24GB")
 
 
@@ -105,10 +110,10 @@ def parts(c: LlamaConfig) -> dict[str, int]:
 
 def memory(s, config: LlamaConfig, make_masks: Callable, trainer_class: type) -> dict[str, float]:
     """Bytes that one of s.world_size processes holds when a training step needs most, by kind, and "all"."""
-    mine, micro_batch = s.rows(s.world_size)
+    processes, (mine, micro_batch) = s.world_size, s.rows(s.world_size)
     mine = min(mine, 2 * micro_batch)  # with more micro-batches a step it needs no more
-    # in DDP each process needs what it would need alone: the buckets that are sent are the gradients themselves
-    n = s.world_size if s.parallel == "fsdp" else 1
+    # in DDP each process needs what it would need alone, but the buckets that its gradients are in stay
+    n = processes if s.parallel == "fsdp" else 1
     s = replace(s, batch_size=mine * n, micro_batch=micro_batch, gate_samples=mine * n // micro_batch)
     device, dtype, mesh = torch.device("cpu"), torch.bfloat16 if s.dtype == "bfloat16" else None, None
     if n > 1:
@@ -121,6 +126,8 @@ def memory(s, config: LlamaConfig, make_masks: Callable, trainer_class: type) ->
                 config, masks = masks.target, None
             model = parallel.make_model(config, None, device, mesh, dtype, checkpoint_layers=s.activation_checkpointing)
             trainer = trainer_class(s, model, masks, n_domains=1)
+            if processes > 1 and not mesh:
+                trainer.optimizer.zero_grad = partial(trainer.optimizer.zero_grad, set_to_none=False)
             tokens = torch.zeros(mine, s.seq_len + 1, dtype=torch.int64)
             domain = torch.zeros(mine, dtype=torch.int64)
             trainer.step(0, tokens, domain)
@@ -162,16 +169,18 @@ def remedies(s, n_params: int, space: float) -> Iterator[tuple[str, object]]:
         micro = s.rows(s.world_size)[1] > 1
         yield "--activation_checkpointing=True" + " --micro_batch=1" * micro + " --shard_gradients=True", small
     small = replace(small, parallel="fsdp")
-    for n in [s.world_size, *(2**k for k in range(1, 11) if 2**k > s.world_size)]:
+    for n in [s.world_size] * (s.parallel == "ddp") + [2**k for k in range(1, 11) if 2**k > s.world_size]:
         # float32 weights, gradients and AdamW's two moments alone are 16 bytes a parameter
         if n > 1 and s.batch_size % n == 0 and 16 * n_params / n < space:
-            options = "--parallel=fsdp --activation_checkpointing=True"
+            options = (
+                "--parallel=fsdp --activation_checkpointing=True" + " --shard_gradients=True" * small.shard_gradients
+            )
             yield f"{n} GPUs with {options} --micro_batch={small.rows(n)[1]}", replace(small, world_size=n)
 
 
 def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
     """Print what the run of these settings would cost. ValueError, with the nearest remedy, where it does not fit."""
-    total, peak = find_gpu(s.gpu)
+    total, peak = memory_of(s.gpu), peak_of(s.gpu, s.dtype)
     s.rows(s.world_size)
     config = shape_of(s, make_masks)
     masks = make_masks(s, config)
@@ -207,7 +216,7 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
     row("  float32 logits", f"{size(logits):>16} at once, when activations are at their most")
     if need["all"] > total - RESERVE:
         fits = None
-        for name, settings in remedies(s, config.n_params(), total - RESERVE):
+        for name, settings in remedies(s, trained.n_params(), total - RESERVE):
             print(f"trying {name}")
             if memory(settings, config, make_masks, trainer_class)["all"] <= total - RESERVE:
                 fits = name

@@ -97,6 +97,8 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu or cuda is needed")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device = '{name}': {str(error).splitlines()[0]}") from None
     return device

@@ -350,7 +350,10 @@ class Llama(nn.Module):
         for i, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             state = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
-            save_file(state, path / f"{file}.partial", metadata={"format": "pt"})
+            try:
+                save_file(state, path / f"{file}.partial", metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{path / file}: {error}") from None
             os.replace(path / f"{file}.partial", path / file)
             places |= dict.fromkeys(names, file)
         if len(shards) > 1:

@@ -36,6 +36,8 @@ def start(device: torch.device) -> torch.device:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"{torch.cuda.device_count()} GPUs here, fewer than --nproc_per_node")
         torch.cuda.set_device(device)
     # gloo beside nccl: what the hosts have to agree on must not wait for the devices
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

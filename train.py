@@ -190,7 +190,11 @@ class Settings:
         return mine, self.micro_batch or most
 
     def shape(self, vocab_size: int, eot: int | None = None) -> LlamaConfig:
-        """Shape of a model from scratch."""
+        """Shape of a model from scratch. ValueError for one that cannot be."""
+        if self.d_model % self.n_head:
+            raise ValueError(
+                f"d_model = {self.d_model} must be a multiple of n_head = {self.n_head}: transformers loads no other"
+            )
         return LlamaConfig(
             vocab_size=vocab_size,
             n_layer=self.n_layer,
@@ -237,8 +241,15 @@ def make_config(s: Settings, data: TokenData) -> LlamaConfig:
     if not s.init_from:
         return s.shape(data.vocab_size, data.eot)
     config = read_config(directory_of(s.init_from))
-    check_tokenizer(s.init_from, config, data)
+    check_model(s, s.init_from, config, data)
     return config
+
+
+def check_model(s: Settings, name: str, config: LlamaConfig, data: TokenData) -> None:
+    """ValueError unless the model can read the data, in sequences as long as the run's."""
+    check_tokenizer(name, config, data)
+    if s.seq_len > config.max_seq_len:
+        raise ValueError(f"seq_len = {s.seq_len}: {name} was made for {config.max_seq_len} tokens at most")
 
 
 def directory_of(model: str) -> Path:
@@ -253,8 +264,6 @@ def directory_of(model: str) -> Path:
 
 def make_masks(s: Settings, source: LlamaConfig) -> PruningMasks | None:
     """The gates of a pruning run. ValueError where the target shape cannot be."""
-    if s.seq_len > source.max_seq_len:
-        raise ValueError(f"seq_len = {s.seq_len}: {s.init_from} was made for {source.max_seq_len} tokens at most")
     if not s.is_pruning:
         return None
     n_head = s.target_n_head or source.n_head
@@ -279,7 +288,10 @@ def make_masks(s: Settings, source: LlamaConfig) -> PruningMasks | None:
     if not masks.gates():
         raise ValueError(f"the target shape is that of {s.init_from}: there is nothing to prune")
     if s.gates not in ("learned", "random", "magnitude"):
-        masks.choose_(scores_of(masks, json.loads(Path(s.gates).read_text())))
+        try:
+            masks.choose_(scores_of(masks, json.loads(Path(s.gates).read_text())))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"gates = '{s.gates}': not a pruning.json of this source and target ({error})") from None
     return masks
 
 
@@ -400,7 +412,7 @@ class Trainer:
             sums = self.measured()[0].tolist()
             bad = [d for d, x in zip(domains, sums) if not math.isfinite(x)]
             where = f"cross entropy of domain {', '.join(bad)}" if bad else "constraint or gradient"
-            sys.exit(f"train.py: step {step}: the {where} is not finite; nothing was updated")
+            give_up(f"step {step}: the {where} is not finite; nothing was updated")
 
 
 # -- the run --------------------------------------------------------------------------------------------------------
@@ -413,7 +425,6 @@ def main():
             return cost.dry_run(s, make_masks, Trainer)
         device = parallel.start(find_device(s.device))
         torch.set_num_threads(s.threads or torch.get_num_threads())
-        torch.backends.cuda.matmul.allow_tf32 = True
         rows, micro_batch = s.rows(parallel.size())
         data = TokenData(s.data, s.domains or None)
         run = Run(s.out, asdict(s), FREE, s.resume)
@@ -426,6 +437,8 @@ def main():
         masks = make_masks(s, config)
         mixture = make_mixture(s, data, s.reference_losses or None)
         teacher = directory_of(s.reference_model) if s.reference_model and not s.reference_losses else None
+        if teacher:
+            check_model(s, s.reference_model, read_config(teacher), data)
         mesh = parallel.make_mesh(device) if s.parallel == "fsdp" else None
         sharding = {"mesh": mesh, "dtype": torch.bfloat16 if s.dtype == "bfloat16" else None}
 
@@ -543,14 +556,15 @@ def main():
                 sys.exit(130 if signal.SIGINT in interrupted else 0)
         run.finish_save()
         finish(s, trainer, data, run, micro_batch, sharding)
+    except SystemExit:  # whatever for: a checkpoint that is still being written is a good one
+        run.finish_save()
+        raise
     except (OSError, CheckpointException) as error:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]
         newest = newest_checkpoint(run.path)
-        sys.exit(
-            f"train.py: could not write to {run.path}: {error}; "
-            + (f"the same command goes on from {newest}" if newest else "there is no checkpoint yet")
-        )
+        where = f"the same command goes on from {newest}" if newest else "there is no checkpoint yet"
+        sys.exit(f"train.py: could not write to {run.path}: {error}; {where}")
     parallel.stop()
 
 
@@ -567,7 +581,7 @@ def evaluate(s: Settings, trainer: Trainer, data: TokenData, mixture: Mixture, r
     try:
         fits = mixture.update(step / s.steps, [losses[d] for d in domains], seen, params, at_end, params_end)
     except ValueError as error:
-        sys.exit(f"train.py: step {step}: {error}")
+        give_up(f"step {step}: {error}")
     mixture.state = parallel.from_main(mixture.state)
     laws, tokens_per_step = fits["laws"], s.batch_size * s.seq_len
     curve = None
@@ -631,8 +645,8 @@ def log(s: Settings, trainer: Trainer, domains: list[str], mixture: Mixture, run
 
 def report_speed(run, config, s, device, done: int, speed: float, seconds: float, left: float) -> None:
     """The rest of that line, and a line of timings.jsonl: nothing that another run would repeat."""
-    flops, peak = config.flops_per_token(s.seq_len) * speed / parallel.size(), cost.peak_flops(device)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else host_memory()
+    flops, peak = config.flops_per_token(s.seq_len) * speed / parallel.size(), cost.peak_flops(device, s.dtype)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_memory()
     run.time(
         step=done,
         seconds=round(seconds, 3),
@@ -699,6 +713,11 @@ def autocast(s: Settings, model: Llama):
     device = parallel.local(model.embed_tokens.weight).device.type
     mixed = s.dtype == "bfloat16" and not parallel.is_sharded(model)
     return torch.autocast(device, torch.bfloat16, enabled=mixed)
+
+
+def give_up(text: str) -> None:
+    """End all processes, which are all here; one of them says why."""
+    sys.exit(f"train.py: {text}" if parallel.main() else 1)
 
 
 def say(text: str) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT, DATA, DOCS = Path("out/kill"), Path("data/kill"), ROOT / "docs" / "kill"
 SOURCE = "--n_layer=3 --d_model=32 --n_head=4 --d_ffn=48 --lr=3e-3 --steps=60 --eval_interval=60".split()
+START_UP = 6.0  # seconds from the command to the first step, about
 COMMON = "--seq_len=64 --batch_size=4 --threads=1 --eval_sequences=2 --log_interval=3 --save_interval=1".split()
 ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=5 --lr=1e-3 --steps=300".split()
 TARGET = "--target_n_layer=2 --target_d_model=24 --target_n_head=2 --target_d_ffn=32 --gate_samples=2".split()
@@ -37,12 +38,16 @@ def start(stage: str, where: str) -> list[str]:
 
 
 def kill_once(command: list[str], rng: random.Random, longest: float) -> bool:
-    """Start it, kill it up to `longest` seconds after it has begun to train. False if it had ended by then."""
+    """Start it, kill it up to `longest` seconds after it has begun to train, or, one time in five, while it starts.
+    False if it had ended by then."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith(("step", "going on")):
-            break
-    time.sleep(rng.uniform(0, longest))
+    if rng.random() < 0.8:
+        for line in process.stdout:
+            if line.startswith(("step", "going on")):
+                break
+        time.sleep(rng.uniform(0, longest))
+    else:
+        time.sleep(rng.uniform(0, START_UP))
     process.send_signal(signal.SIGKILL)
     process.stdout.close()
     return process.wait() == -signal.SIGKILL

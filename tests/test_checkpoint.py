@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SHAPE, metrics, run
 from torch.distributed import checkpoint as dcp
 
+import train
 from checkpoint import Run, newest_checkpoint
 
 
@@ -31,6 +32,11 @@ def test_a_full_disk_loses_nothing_older(chain, tmp_path, monkeypatch):
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr  # fmt: skip
     assert "File too large" in done.stderr and "the same command goes on from" in done.stderr
     assert newest_checkpoint(tmp_path / "x").name == "step_000030"
+    done = subprocess.run(
+        [sys.executable, "train.py", *SHAPE, *map(str, mine)], cwd=ROOT, capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )  # fmt: skip
+    assert done.returncode != 0  # not even the settings can be written
     assert run(monkeypatch, *mine) == 0
     for name in ("model/model.safetensors", "model/pruning.json"):
         assert (tmp_path / "x" / name).read_bytes() == (out["prune"] / name).read_bytes()
@@ -82,6 +88,22 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(in_background, tmp_path)
         assert state["step"] == step and state["metrics_bytes"] == sum(
             len(f'{{"step": {i}}}\n') for i in range(1, step + 1)
         )
+
+
+def test_a_run_that_gives_up_keeps_the_checkpoint_it_is_writing(tiny_data, tmp_path, monkeypatch):
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=20", "--log_interval=4"]
+    save, whole = Run.save, train.Llama.forward
+    monkeypatch.setattr(Run, "save", lambda *a, **k: save(*a, **{**k, "in_background": True}))
+    calls = []
+
+    def poisoned(self, tokens, z=None, targets=None, cache=None):
+        calls.append(torch.is_grad_enabled())
+        loss = whole(self, tokens, z, targets, cache)
+        return loss * torch.nan if calls[-1] and sum(calls) > 10 else loss
+
+    monkeypatch.setattr(train.Llama, "forward", poisoned)
+    assert "step 10" in run(monkeypatch, *args)
+    assert [p.name for p in (tmp_path / "x" / "checkpoints").iterdir()] == ["step_000010"]
 
 
 def test_what_is_half_written_is_never_read(chain, tmp_path, monkeypatch, capsys):

@@ -60,6 +60,22 @@ def test_log_likelihoods_are_transformers(chain):
             assert mean == pytest.approx(expected, rel=1e-4)
 
 
+class OneToken:
+    """A tokenizer to which one text is one token."""
+
+    eot = 256
+
+    def encode(self, text):
+        return np.array([7]) if text == "ab" else np.frombuffer(text.encode(), np.uint8).astype(int)
+
+
+def test_a_choice_that_the_tokenizer_joins_to_the_question_is_scored(chain):
+    model = Llama.from_pretrained(chain[0]["pretrain"] / "model")
+    means = log_likelihoods(model, OneToken(), [Question("a", "b", "c", 0)], batch_size=2)
+    log_p = model(torch.tensor([[256]]))[0, 0].log_softmax(-1)
+    assert means[0, 0] == pytest.approx(log_p[7].item(), rel=1e-5) and means[0, 1] < 0
+
+
 def test_accuracy_and_its_error():
     questions = [Question("q", "a", "b", label) for label in (0, 0, 1, 1)]
     result = accuracy(np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [-5.0, -1.0]]), questions)

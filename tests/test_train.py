@@ -310,6 +310,8 @@ MISTAKES = {
     "sheared without references": (["--schedule=sheared"], "needs references"),
     "dro without references": (["--schedule=dro"], "needs references"),
     "device": (["--device=foo"], "device = 'foo'"),
+    "device without memory": (["--device=meta"], "cpu or cuda is needed"),
+    "width": (["--d_model=33"], "d_model = 33 must be a multiple of n_head = 4"),
     "resume": (["--resume=yes"], "resume = 'yes': no checkpoint there; it is 'auto', 'never', a run or a checkpoint"),
     "gpu": (["--dry_run=True", "--gpu=h1000"], "gpu = 'h1000' is not one of h200, h100"),
 }  # fmt: skip
@@ -346,6 +348,25 @@ def test_mistakes_about_models_and_runs(chain, tiny_data, tmp_path, monkeypatch,
         assert run(monkeypatch, *wrong) == 2
         assert words in capsys.readouterr().err
         assert not (tmp_path / "x").exists() and before == {p: p.stat().st_mtime_ns for p in out["prune"].rglob("*")}
+
+
+def test_mistakes_about_reference_models_and_choices(chain, tiny_data, tmp_path, monkeypatch, capsys):
+    """Whatever a run reads is looked at before anything is written."""
+    small, short = LlamaConfig(100, 1, 8, 1, 1, 8, 8, 64), LlamaConfig(257, 1, 8, 1, 1, 8, 8, 16)
+    for name, config in (("small", small), ("short", short)):
+        Llama(config).init_weights(0).save_pretrained(tmp_path / name)
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "torn.json").write_text("{")
+    args = [a for a in chain[1]["prune"] if not a.startswith("--out=")] + [f"--out={tmp_path / 'x'}"]
+    for wrong, words in (
+        ([f"--reference_model={tmp_path / 'small'}", "--gates=magnitude"], "its vocabulary has 100 tokens"),
+        ([f"--reference_model={tmp_path / 'short'}"], "was made for 16 tokens at most"),
+        ([f"--gates={tmp_path / 'list.json'}"], "list.json': not a pruning.json of this source and target"),
+        ([f"--gates={tmp_path / 'torn.json'}"], "torn.json': not a pruning.json"),
+    ):
+        assert run(monkeypatch, *args, *wrong) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
 def test_uncaught_mistake_has_exit_status_2_and_no_traceback(tmp_path):
