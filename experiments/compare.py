@@ -119,6 +119,13 @@ def source(seed: int, data: TokenData, scale: float) -> None:
             "train.py", "config/toy_pretrain.py", f"--seed={seed}", f"--out={path}", "--threads=1",
             f"--data={data.path}", f"--steps={steps}", f"--warmup={steps // 10}",
         )  # fmt: skip
+    if not (ROOT / path / "eval.json").exists():
+        evaluate(path, data, path)
+
+
+def evaluate(path: Path, data: TokenData, *models: Path) -> None:
+    """Test losses of some runs, in path/eval.json."""
+    call("eval.py", *models, "--data", data.path, "--sequences", 128, "--json", path / "eval.json")
 
 
 def run(chain: Chain, data: TokenData, scale: float) -> None:
@@ -148,10 +155,7 @@ def run(chain: Chain, data: TokenData, scale: float) -> None:
                 *chain.options,
             )  # fmt: skip
         before = out
-    call(
-        "eval.py", model, *(chain.path / stage for stage in STAGES), "--data", data.path, "--sequences", 128,
-        "--json", chain.path / "eval.json",
-    )  # fmt: skip
+    evaluate(chain.path, data, *(chain.path / stage for stage in STAGES))
 
 
 # -- what came of it ------------------------------------------------------------------------------------------------
@@ -159,18 +163,22 @@ def run(chain: Chain, data: TokenData, scale: float) -> None:
 
 def measures(chain: Chain, shares: np.ndarray) -> dict[str, float]:
     """Everything that a chain is judged by, after the continue stage unless it says otherwise; nats a token."""
-    models = list(json.loads(chain.result.read_text())["models"].values())
-    rows = {stage: list(model["domains"].values()) for stage, model in zip(["source", *STAGES], models)}
-    loss = np.array([row["loss"] for row in rows["continue"]])
-    worse = np.array([row["degradation"] for row in rows["continue"]])
+
+    def losses(file, which=0, key="loss"):
+        models = list(json.loads(file.read_text())["models"].values())
+        return np.array([row[key] for row in models[which]["domains"].values()])
+
+    source = losses(ROOT / OUT / "source" / str(chain.seed) / "eval.json")
+    pruned, loss = (losses(chain.result, i) for i in range(2))
+    worse = loss - source
     found = {
         "average loss": loss.mean(),
-        "average bits per byte": np.mean([row["bits_per_byte"] for row in rows["continue"]]),
+        "average bits per byte": losses(chain.result, 1, "bits_per_byte").mean(),
         "worst loss": loss.max(),
         "average degradation": worse.mean(),
         "worst degradation": worse.max(),
         "sd of degradation": worse.std(),
-        "worst degradation, pruned": max(row["degradation"] for row in rows["prune"]),
+        "worst degradation, pruned": (pruned - source).max(),
     }
     for rho in RHOS:
         q = dro_weights(loss, np.zeros_like(loss), shares, rho, floor=0.0)
