@@ -23,9 +23,9 @@ OUT, DATA, DOCS = Path("out/kill"), Path("data/kill"), ROOT / "docs" / "kill"
 SOURCE = "--n_layer=3 --d_model=32 --n_head=4 --d_ffn=48 --lr=3e-3 --steps=60 --eval_interval=60".split()
 START_UP = 6.0  # seconds from the command to the first step, about
 COMMON = "--seq_len=64 --batch_size=4 --threads=1 --eval_sequences=2 --log_interval=3 --save_interval=1".split()
-ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=5 --lr=1e-3 --steps=300".split()
+ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=5 --lr=1e-3 --steps=600".split()
 TARGET = "--target_n_layer=2 --target_d_model=24 --target_n_head=2 --target_d_ffn=32 --gate_samples=2".split()
-TARGET += "--log_alpha=3.0 --phi=200.0 --sparsity_warmup=150".split()
+TARGET += "--log_alpha=3.0 --phi=200.0 --sparsity_warmup=300".split()
 
 
 def start(stage: str, where: str) -> list[str]:
