@@ -39,8 +39,12 @@ def start(device: torch.device) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"{torch.cuda.device_count()} GPUs here, fewer than --nproc_per_node")
         torch.cuda.set_device(device)
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it restarts processes, and the addresses of the dead ones are still in it
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # gloo beside nccl: what the hosts have to agree on must not wait for the devices
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return device
 
 

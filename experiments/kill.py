@@ -66,7 +66,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="of each of the two runs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--longest", type=float, default=1.0, help="seconds after which it is dead at the latest")
+    parser.add_argument("--longest", type=float, default=0.5, help="seconds after which it is dead at the latest")
     args = parser.parse_args()
     rng, quiet = random.Random(args.seed), {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
