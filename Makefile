@@ -1,5 +1,6 @@
 # make demo   everything from nothing, in about ten minutes on a laptop; run it again to go on where it was
 # make test   lint and tests, from nothing
+# make compare  the schedules against each other, with seeds: hours, and goes on where it was
 # make clean  remove what they made
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench compare clean
 
 demo: $(VENV)/done
 	$(RUN) prepare_data.py installed --out data/demo --held_out 0.1
@@ -24,6 +25,9 @@ test: $(VENV)/done
 
 bench: $(VENV)/done
 	$(RUN) bench.py
+
+compare: $(VENV)/done
+	$(RUN) experiments/compare.py
 
 $(VENV)/done: requirements.txt
 	$(PYTHON) -m venv $(VENV)
