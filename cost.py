@@ -12,7 +12,7 @@ The time is no measurement: FLOPs, recomputed ones too, over the GPU's peak time
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -155,27 +155,25 @@ def memory(s, config: LlamaConfig, make_masks: Callable, trainer_class: type) ->
     return {**result, "all": snapshot["Total"]}
 
 
-def remedies(s, n_params: int, space: float) -> Iterator[tuple[str, object]]:
-    """Settings that need less memory, nearest first: what to say of each, and the settings."""
+def remedies(s, n_params: int, space: float) -> Iterator:
+    """Settings that need less memory, nearest first."""
     small = s
     if not s.activation_checkpointing:
-        small = replace(small, activation_checkpointing=True)
-        yield "--activation_checkpointing=True", small
+        yield (small := replace(small, activation_checkpointing=True))
     if s.rows(s.world_size)[1] > 1:
-        small = replace(small, micro_batch=1)
-        yield "--activation_checkpointing=True --micro_batch=1", small
-    if s.parallel == "fsdp" and s.world_size > 1:
-        small = replace(small, shard_gradients=True)
-        micro = s.rows(s.world_size)[1] > 1
-        yield "--activation_checkpointing=True" + " --micro_batch=1" * micro + " --shard_gradients=True", small
+        yield (small := replace(small, micro_batch=1))
+    if s.parallel == "fsdp" and s.world_size > 1 and not s.shard_gradients:
+        yield (small := replace(small, shard_gradients=True))
     small = replace(small, parallel="fsdp")
     for n in [s.world_size] * (s.parallel == "ddp") + [2**k for k in range(1, 11) if 2**k > s.world_size]:
         # float32 weights, gradients and AdamW's two moments alone are 16 bytes a parameter
         if n > 1 and s.batch_size % n == 0 and 16 * n_params / n < space:
-            options = (
-                "--parallel=fsdp --activation_checkpointing=True" + " --shard_gradients=True" * small.shard_gradients
-            )
-            yield f"{n} GPUs with {options} --micro_batch={small.rows(n)[1]}", replace(small, world_size=n)
+            yield replace(small, world_size=n, micro_batch=small.rows(n)[1])
+
+
+def changes(s, other) -> str:
+    """What to add to the command line to come from settings s to others; the machine's, which stand last, first."""
+    return " ".join(f"--{k}={v}" for k, v in reversed(asdict(other).items()) if v != getattr(s, k))
 
 
 def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
@@ -216,10 +214,10 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
     row("  float32 logits", f"{size(logits):>16} at once, when activations are at their most")
     if need["all"] > total - RESERVE:
         fits = None
-        for name, settings in remedies(s, trained.n_params(), total - RESERVE):
-            print(f"trying {name}")
+        for settings in remedies(s, trained.n_params(), total - RESERVE):
+            print(f"trying {changes(s, settings)}")
             if memory(settings, config, make_masks, trainer_class)["all"] <= total - RESERVE:
-                fits = name
+                fits = changes(s, settings)
                 break
         needed = f"{size(need['all'])} of {size(total - RESERVE)}, most of it for {max(ROWS, key=need.get)}"
         remedy = f"what fits: {fits}" if fits else "nothing that was tried fits"

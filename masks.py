@@ -294,12 +294,7 @@ def extract(model: Llama, masks: PruningMasks) -> Llama:
             "mlp.down_proj": fold(mlp.down_proj.weight, at.out, d, ffn),
         }.items():
             state[f"layers.{new}.{name}.weight"] = weight
-    with torch.device("meta"):
-        small = Llama(config)
-    small.load_state_dict({name: weight.clone() for name, weight in state.items()}, assign=True)
-    if config.tie_embeddings:
-        small.lm_head.weight = small.embed_tokens.weight
-    return small
+    return Llama.of_weights(config, {name: weight.clone() for name, weight in state.items()})
 
 
 @torch.no_grad()

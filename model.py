@@ -323,9 +323,18 @@ class Llama(nn.Module):
         with torch.device("meta"):
             model = cls(read_config(Path(path)))
         read = open_weights(Path(path), model)
-        state = {name: read(name).to(dtype, copy=True) for name in dict(model.named_parameters())}
-        model.load_state_dict(state, strict=not model.config.tie_embeddings, assign=True)
-        if model.config.tie_embeddings:
+        weights = {name: read(name).to(dtype, copy=True) for name, _ in model.named_parameters()}
+        return cls.of_weights(model.config, weights)
+
+    @classmethod
+    def of_weights(cls, config: LlamaConfig, weights: dict[str, Tensor]) -> "Llama":
+        """A model whose parameters are these tensors, by name; nothing is copied. A tied lm_head need not be there."""
+        with torch.device("meta"):
+            model = cls(config)
+        if config.tie_embeddings:
+            weights = {**weights, "lm_head.weight": weights["embed_tokens.weight"]}
+        model.load_state_dict(weights, assign=True)
+        if config.tie_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model
 

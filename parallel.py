@@ -116,31 +116,36 @@ def make_mesh(device: torch.device) -> dist.DeviceMesh | None:
 
 
 def make_model(
-    config: LlamaConfig, source: Path | int | None, device: torch.device, mesh=None, dtype=None, **options
+    config: LlamaConfig,
+    source: Path | int | None,
+    device: torch.device,
+    mesh=None,
+    dtype=None,
+    checkpoint_layers: bool = False,
+    compiled: bool = False,
 ) -> Llama:
     """The model, or this process's shard of it, with the weights of `source`: a model directory, a seed to draw them
     from, or None where a checkpoint will fill them in. It is never whole in memory where it is sharded.
 
     mesh: of `make_mesh`, to shard it; dtype: what a sharded model computes in, while its weights and the sums of their
-    gradients stay float32.
-    compiled, checkpoint_layers: options, both a layer at a time.
+    gradients stay float32. checkpoint_layers, compiled: a layer at a time.
     """
     with torch.device("meta"):
         model = Llama(config)
+    if mesh is None:
+        empty = {name: torch.empty_like(parameter, device=device) for name, parameter in model.named_parameters()}
+        model = Llama.of_weights(config, empty)
     read = open_weights(source, model) if isinstance(source, Path) else None
-    model.checkpoint_layers = options.get("checkpoint_layers", False)
-    for layer in model.layers if options.get("compiled") else ():
+    model.checkpoint_layers = checkpoint_layers
+    for layer in model.layers if compiled else ():
         layer.compile()
     if mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
         model.to_empty(device=device)
-    else:
-        empty = {name: torch.empty_like(parameter, device=device) for name, parameter in model.named_parameters()}
-        model.load_state_dict(empty, strict=False, assign=True)
-    if config.tie_embeddings:  # made two of it
-        model.lm_head.weight = model.embed_tokens.weight
+        if config.tie_embeddings:  # made two of it
+            model.lm_head.weight = model.embed_tokens.weight
     with torch.no_grad():
         if read is not None:
             for name, parameter in model.named_parameters():

@@ -220,17 +220,8 @@ class Settings:
 
 
 # settings that may change when a run goes on
-FREE = {"out", "resume", "stop_at", "save_interval", "keep_checkpoints", "log_interval", "device", "compile", "threads"}
-FREE |= {
-    "micro_batch",
-    "parallel",
-    "shard_gradients",
-    "activation_checkpointing",
-    "dry_run",
-    "world_size",
-    "gpu",
-    "utilisation",
-}
+FREE = set("out resume stop_at save_interval keep_checkpoints log_interval device compile threads".split())
+FREE |= set("micro_batch parallel shard_gradients activation_checkpointing dry_run world_size gpu utilisation".split())
 
 
 # -- what a run is made of ------------------------------------------------------------------------------------------
@@ -664,11 +655,7 @@ def finish(s: Settings, trainer: Trainer, data: TokenData, run: Run, micro_batch
     whole = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     picture = gate_picture(masks.deterministic(at_target=True)) if masks else None
     if parallel.main():
-        with torch.device("meta"):
-            model = Llama(trainer.model.config)
-        model.load_state_dict(whole, assign=True)
-        if model.config.tie_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
+        model = Llama.of_weights(trainer.model.config, whole)
         kept = describe(masks.cpu()) if masks else None
         save_model(
             partial,

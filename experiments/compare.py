@@ -79,11 +79,13 @@ class Chain:
 
     @property
     def path(self) -> Path:
+        """Its directory."""
         label = (self.name or self.schedule).replace(" ", "").replace("+", "_")
         return OUT / self.part / f"{label}_{self.seed}"
 
     @property
     def result(self) -> Path:
+        """Its evaluation; it is done when this is there."""
         return ROOT / self.path / "eval.json"
 
 
@@ -207,12 +209,12 @@ def recovery(chain: Chain, constant: Chain) -> dict[str, float | None]:
     }
 
 
-def report(chains: list[Chain], shares: dict[str, np.ndarray]) -> dict:
+def report(chains: list[Chain], shares: np.ndarray) -> dict:
     """results.json: part -> schedule -> values by measure, one a seed, with paired tests."""
     results = {}
     for chain in chains:
         if chain.result.exists():
-            values = measures(chain, shares["own"])
+            values = measures(chain, shares)
             constant = Chain(chain.part if chain.part != "ablation" else "skew", "constant", chain.seed)
             if constant.result.exists():
                 values |= recovery(chain, constant)
@@ -339,7 +341,7 @@ def main():
             futures[c.part, c.name or c.schedule, c.seed] = pool.submit(work, c, *needs)
         for future in futures.values():
             future.result()
-    summary = report(chains, {"own": shares / shares.sum()})
+    summary = report(chains, shares / shares.sum())
     DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / "results.json").write_text(json.dumps({"command": "python experiments/compare.py", **summary}, indent=1))
     print(table(summary))
