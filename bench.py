@@ -90,7 +90,7 @@ def time_schedule(rounds: int) -> float:
             params, tokens = 1.25e6 - 7.5e5 * min(1, k / 13), 1000 * (k + 1)
             losses = 2 + tokens**-0.3 * 5 + 0.005 * rng.standard_normal(7)
             start = time.perf_counter()
-            mixture.update((k + 1) / 66, losses, [tokens] * 7, params, [66000] * 7, 5e5)
+            mixture.update((k + 1) / 66, losses, [tokens] * 7, params, [66000] * 7, 5e5, 1 - k / 66, 0.0)
             last = time.perf_counter() - start
         seconds.append(last)
     return statistics.median(seconds)

@@ -19,7 +19,7 @@ The three functions below are the mathematics; `Mixture` applies them at each ev
 import numpy as np
 from scipy.optimize import brentq
 
-from scaling_law import FitError, fit
+from scaling_law import FitError, ScalingLaw, fit, fit_together
 
 COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
 MORE_POINTS_THAN = 10  # the scaling law is not trusted with fewer
@@ -110,6 +110,8 @@ class Mixture:
 
     schedule: "constant", "sheared" or "dro"; dynamic_reference and dynamic_ratio switch the paper's two additions.
     initial: first weights and reference ratio, one share a domain; reference: first reference losses or None.
+    law: "paper", eq. 4, where the lowest prediction ever made counts; or "rate", with the learning rate
+    (scaling_law.py), where the newest does, so that a wrong early one is forgotten.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Mixture:
         *,
         dynamic_reference: bool = False,
         dynamic_ratio: bool = False,
+        law: str = "rate",
         rho: float = 0.1,
         floor: float = 0.2,
         delta: float = 0.1,
@@ -130,15 +133,16 @@ class Mixture:
     ):
         self.domains, self.schedule = domains, schedule
         self.dynamic_reference, self.dynamic_ratio = dynamic_reference, dynamic_ratio
-        self.rho, self.floor, self.delta, self.bound = rho, floor, delta, bound
+        self.law, self.rho, self.floor, self.delta, self.bound = law, rho, floor, delta, bound
         self.step_size, self.clip = step_size, clip
         self.initial = np.asarray(initial, np.float64) / np.sum(initial)
         self.state = {
             "weights": self.initial.tolist(),
             "ratio": self.initial.tolist(),
+            "given": None if reference is None else [float(r) for r in reference],
             "reference": None if reference is None else [float(r) for r in reference],
             "best": None,  # lowest validation loss seen, a domain
-            "history": {"tokens": [], "losses": [], "params": []},  # one row an evaluation
+            "history": {"tokens": [], "losses": [], "params": [], "rates": []},  # one row an evaluation
         }
 
     @property
@@ -146,41 +150,36 @@ class Mixture:
         """What the next batch is drawn by, one share a domain."""
         return np.array(self.state["weights"])
 
-    def update(self, progress: float, losses, tokens, params: float, tokens_end, params_end: float) -> dict:
+    def update(
+        self, progress: float, losses, tokens, params: float, tokens_end, params_end: float, rate=1.0, rate_end=1.0
+    ) -> dict:
         """Take one evaluation in: the new weights act from the next batch on.
 
         progress: share of the run that is done, 0 to 1. losses: validation losses (n,), nats. tokens: tokens of each
         domain seen (n,); tokens_end: expected at the end of the run. params, params_end: parameters left now, at the
-        end. Returns {"laws", "no_prediction"}: a ScalingLaw or None and the reason for none, a domain each.
-        ValueError names the domain whose loss is not finite.
+        end; rate, rate_end: learning rate now, at the end, as shares of its peak. Returns {"laws", "no_prediction"}: a
+        ScalingLaw or None and the reason for none, a domain each. ValueError names the domain whose loss is not finite.
         """
         s, losses = self.state, np.asarray(losses, np.float64)
         for name, loss in zip(self.domains, losses):
             if not np.isfinite(loss):
                 raise ValueError(f"validation loss of domain '{name}' is {loss}")
         s["best"] = losses.tolist() if s["best"] is None else np.minimum(s["best"], losses).tolist()
-        laws, reasons = [None] * len(losses), [None] * len(losses)
         if progress >= COLLECT_FROM:
-            for key, value in (
-                ("tokens", list(map(int, tokens))),
-                ("losses", losses.tolist()),
-                ("params", float(params)),
-            ):
+            point = {"tokens": list(map(int, tokens)), "losses": losses.tolist()}
+            for key, value in (point | {"params": float(params), "rates": float(rate)}).items():
                 s["history"][key].append(value)
-        history = s["history"]
-        if self.dynamic_reference and progress >= PREDICT_FROM and len(history["losses"]) > MORE_POINTS_THAN:
-            # section 3.2: the reference is the lowest loss the domain was ever given, seen at or predicted to reach
-            predicted = np.full(len(losses), np.inf)
-            all_tokens, all_losses, params_seen = (np.array(history[key]) for key in ("tokens", "losses", "params"))
-            for i, (t, y) in enumerate(zip(all_tokens.T, all_losses.T)):
-                seen = t > 0  # before its first token a domain is not on the curve
-                try:
-                    laws[i] = fit(t[seen], y[seen], params_seen[seen])
-                    predicted[i] = laws[i].predict(tokens_end[i], params_end)
-                except FitError as error:
-                    reasons[i] = str(error)
-            before = np.inf if s["reference"] is None else s["reference"]
-            s["reference"] = np.minimum.reduce([np.broadcast_to(before, losses.shape), predicted, s["best"]]).tolist()
+        laws = [None] * len(losses)
+        if self.dynamic_reference and progress >= PREDICT_FROM and len(s["history"]["losses"]) > MORE_POINTS_THAN:
+            laws = self.fit_laws()
+            predicted = [
+                law.predict(t, params_end, rate_end) if isinstance(law, ScalingLaw) else np.inf
+                for law, t in zip(laws, tokens_end)
+            ]
+            # section 3.2: the reference is the lowest loss the domain was given, seen at or predicted to reach
+            before = s["reference"] if self.law == "paper" else s["given"]
+            before = np.full(len(losses), np.inf) if before is None else before
+            s["reference"] = np.minimum.reduce([before, predicted, s["best"]]).tolist()
 
         if self.schedule != "constant" and s["reference"] is not None:
             if self.schedule == "sheared":
@@ -190,4 +189,21 @@ class Mixture:
                 if self.dynamic_ratio and progress >= RATIO_FROM:
                     s["ratio"] = update_ratio(s["ratio"], q, self.initial, self.delta, self.bound).tolist()  # 3.3
             s["weights"] = q.tolist()
-        return {"laws": laws, "no_prediction": reasons}
+        return {
+            "laws": [law if isinstance(law, ScalingLaw) else None for law in laws],
+            "no_prediction": [str(law) if isinstance(law, FitError) else None for law in laws],
+        }
+
+    def fit_laws(self) -> list[ScalingLaw | FitError]:
+        """The scaling law of each domain, from all evaluations so far."""
+        tokens, losses, params, rates = (np.array(self.state["history"][key]) for key in self.state["history"])
+        if self.law == "rate":
+            return fit_together(tokens, losses, params, rates)
+        laws = []
+        for t, y in zip(tokens.T, losses.T):
+            on = t > 0  # before its first token a domain is not on the curve
+            try:
+                laws.append(fit(t[on], y[on], params[on]))
+            except FitError as error:
+                laws.append(error)
+        return laws

@@ -109,6 +109,9 @@ class Settings:
     schedule: Annotated[Literal["constant", "sheared", "dro"], "how evaluations move the domain weights"] = "constant"
     dynamic_reference: Annotated[bool, "reference loss from the scaling law's prediction (section 3.2)"] = False
     dynamic_ratio: Annotated[bool, "reference ratio follows the weights (section 3.3)"] = False
+    law: Annotated[
+        Literal["rate", "paper"], "what predicts: eq. 4 with a learning-rate term, all domains together; or eq. 4 alone"
+    ] = "rate"
     reference_losses: Annotated[dict, "first reference loss of each domain in nats a token"] = field(
         default_factory=dict
     )
@@ -322,6 +325,7 @@ def make_mixture(s: Settings, data: TokenData, references: dict[str, float] | No
         references and [references[d] for d in data.domains],
         dynamic_reference=s.dynamic_reference,
         dynamic_ratio=s.dynamic_ratio,
+        law=s.law,
         rho=s.rho,
         floor=s.floor,
         delta=s.delta,
@@ -569,18 +573,22 @@ def evaluate(s: Settings, trainer: Trainer, data: TokenData, mixture: Mixture, r
     params = masks.expected_params().item() if masks else params_end
     seen = np.array([seen[d] for d in domains])
     at_end = seen + mixture.weights * (s.steps - step) * s.batch_size * s.seq_len
+    rate, rate_end = (lr_scale(max(0, i - 1), s) for i in (step, s.steps))  # of the last update, of the run's last
     try:
-        fits = mixture.update(step / s.steps, [losses[d] for d in domains], seen, params, at_end, params_end)
+        fits = mixture.update(
+            step / s.steps, [losses[d] for d in domains], seen, params, at_end, params_end, rate, rate_end
+        )
     except ValueError as error:
         give_up(f"step {step}: {error}")
     mixture.state = parallel.from_main(mixture.state)
     laws, tokens_per_step = fits["laws"], s.batch_size * s.seq_len
     curve = None
-    if any(laws):  # the fitted laws from here to the end of the run: the tokens go on as now, P as the ramp
+    if any(laws):  # the fitted laws from here to the end of the run: the tokens go on as now, P and rate as scheduled
         share = np.linspace(0, 1, 9)
+        rates = np.array([lr_scale(max(0, step + x * (s.steps - step) - 1), s) for x in share])
         ramp = np.clip(share * (s.steps - step) / max(1, s.sparsity_warmup - step), 0, 1)
         tokens, left = seen + share[:, None] * (at_end - seen), params + ramp * (params_end - params)
-        lines = [law and law.predict(t, left).tolist() for law, t in zip(laws, tokens.T)]
+        lines = [law and law.predict(t, left, rates).tolist() for law, t in zip(laws, tokens.T)]
         curve = {"step": (step + share * (s.steps - step)).tolist(), "loss": dict(zip(domains, lines))}
     run.log(
         type="eval",
@@ -591,7 +599,7 @@ def evaluate(s: Settings, trainer: Trainer, data: TokenData, mixture: Mixture, r
         loss=losses,
         bits_per_byte=bits_per_byte(losses, data, "val"),
         reference=by_domain(domains, mixture.state["reference"]),
-        prediction=by_domain(domains, [law and law.predict(t, params_end) for law, t in zip(laws, at_end)]),
+        prediction=by_domain(domains, [law and law.predict(t, params_end, rate_end) for law, t in zip(laws, at_end)]),
         no_prediction=by_domain(domains, fits["no_prediction"]),
         curve=curve,
         ratio=by_domain(domains, mixture.state["ratio"]),

@@ -8,28 +8,36 @@ From one source model a seed (config/toy_pretrain.py; the seed is of the source,
 pruning stage and the toy continue stage run under each schedule, everything else equal:
 
     constant, sheared, dro            the references are the source's own validation losses, measured beforehand
+    full, rho 0.5                     both, in a robust set five times as large in divergence
     dro + reference, dro + ratio      one of DRPruning's additions each
-    full                              both: DRPruning
+    full                              both: DRPruning, with the scaling law that knows the learning rate
+    full, paper's law                 both, with eq. 4 as the paper has it
     uniform                           constant, at equal shares
     mean                              constant, at the mean mixture that `dro` drew in the same stage and seed
 
-Parts, in this order: `skew`, the mixture SKEW (the domains in alphabetical order); `own`, the mixture that the source
-was trained on; `long`, three times the steps at the skewed mixture, four schedules and at most three seeds; `ablation`,
-one setting of the full method at a time at the skewed mixture, one seed.
+Parts, in this order:
 
-All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. What is done is
-skipped, so an interrupted call goes on; two runs on one thread each go side by side.
+    skew        all schedules, 5 seeds, at a mixture of 78 % C++ headers
+    own         the same at the mixture that the source was trained on
+    long        three times the steps at the skewed mixture, four schedules, 3 seeds
+    languages   seven languages (experiments/languages.py), three quarters English, four schedules, 3 seeds
+    ablation    one setting of the full method at a time at the skewed mixture, one seed
+
+All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. Afterwards the
+two-choice questions of continuation.py are put to some of the models. What is done is skipped, so an interrupted call
+goes on; two runs on one thread each go side by side.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,19 +50,22 @@ from data import TokenData  # noqa: E402
 from dro import dro_weights  # noqa: E402
 from plot import COLORS, STYLE, new_figure, read_metrics  # noqa: E402
 
-OUT, DOCS = Path("out/compare"), ROOT / "docs" / "compare"
+OUT, DOCS = Path("out/compare"), Path("docs/compare")
 SCHEDULES = {
     "constant": ["--schedule=constant"],
     "sheared": ["--schedule=sheared"],
     "dro": ["--schedule=dro"],
     "full": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True"],
+    "full, paper's law": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True", "--law=paper"],
+    "full, rho 0.5": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True", "--rho=0.5"],
     "dro + reference": ["--schedule=dro", "--dynamic_reference=True"],
     "dro + ratio": ["--schedule=dro", "--dynamic_ratio=True"],
     "uniform": ["--schedule=constant"],
     "mean": ["--schedule=constant"],
 }
 OFF = ["--dynamic_reference=False", "--dynamic_ratio=False"]  # the configs' defaults are the full method
-SKEW = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
+SKEW = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]  # of the domains in alphabetical order
+ENGLISH = {"en": 0.78, "de": 0.10, "fr": 0.04, "ru": 0.03, "ja": 0.02, "zh": 0.02, "ar": 0.01}
 ABLATIONS = {
     "rho": [0.02, 0.05, 0.2, 0.5, 1.0],  # beside the default, which `skew` has
     "delta": [0.03, 0.3, 1.0],
@@ -62,142 +73,183 @@ ABLATIONS = {
     "eval_interval": [6, 24, 48],
     "eval_sequences": [4, 64],
 }
-LONG = ["constant", "sheared", "dro", "full"]
+DEFAULTS = {"rho": 0.1, "delta": 0.1, "floor": 0.2, "eval_interval": 12, "eval_sequences": 16}
+FOUR = ["constant", "sheared", "dro", "full"]
 RHOS = [0.05, 0.1, 0.5, 1.0]  # of the worst mixtures that results are judged by
 STAGES = {"prune": 400, "continue": 300}  # steps
 
 
-@dataclass
+@dataclass(frozen=True)
+class Part:
+    """A setting in which schedules are compared."""
+
+    schedules: list[str]
+    seeds: int
+    mixture: list[float] | dict[str, float] | None  # None: as the source's
+    length: int = 1  # times as many steps
+    data: str = "data/demo"
+    sources: str = "source"  # where the source models are
+
+
+PARTS = {
+    "skew": Part(list(SCHEDULES), 5, SKEW),
+    "own": Part(list(SCHEDULES), 5, None),
+    "long": Part(FOUR, 3, SKEW, length=3),
+    "languages": Part(FOUR, 3, ENGLISH, data="data/languages", sources="source_languages"),
+    "ablation": Part(["full"], 1, SKEW),
+}
+
+
+@dataclass(frozen=True)
 class Chain:
     """One schedule from source to continued model: a directory of two runs and the evaluation of both."""
 
     part: str
     schedule: str
     seed: int
-    options: list[str] = field(default_factory=list)
-    name: str = ""
+    setting: tuple | None = None  # of an ablation: name and value
+
+    @property
+    def label(self) -> str:
+        """What tells it from the others of its part and seed."""
+        return self.schedule if self.setting is None else "{} {}".format(*self.setting)
 
     @property
     def path(self) -> Path:
         """Its directory."""
-        label = (self.name or self.schedule).replace(" ", "").replace("+", "_")
-        return OUT / self.part / f"{label}_{self.seed}"
+        return OUT / self.part / re.sub("[^a-z0-9.]+", "_", f"{self.label}_{self.seed}")
+
+    @property
+    def source(self) -> Path:
+        """The run of its source model."""
+        return OUT / PARTS[self.part].sources / str(self.seed)
 
     @property
     def result(self) -> Path:
         """Its evaluation; it is done when this is there."""
-        return ROOT / self.path / "eval.json"
+        return self.path / "eval.json"
 
 
-def plan(parts: list[str], seeds: int) -> list[Chain]:
+def plan(parts: list[str], seeds: int, schedules: list[str]) -> list[Chain]:
     """All chains, in order of importance."""
     chains = []
     for part in parts:
-        if part in ("skew", "own"):
-            chains += [Chain(part, schedule, seed) for seed in range(seeds) for schedule in SCHEDULES]
-        elif part == "long":
-            chains += [Chain(part, schedule, seed) for seed in range(min(3, seeds)) for schedule in LONG]
-        elif part == "ablation":
-            chains += [
-                Chain(part, "full", 0, [f"--{key}={value}"], f"{key}_{value}")
-                for key, values in ABLATIONS.items()
-                for value in values
-            ]
+        settings = [(key, value) for key in ABLATIONS for value in ABLATIONS[key]] if part == "ablation" else [None]
+        for seed in range(min(seeds, PARTS[part].seeds)):
+            chains += [Chain(part, s, seed, x) for s in PARTS[part].schedules if s in schedules for x in settings]
     return chains
 
 
 def call(*command: object) -> None:
     """One of the project's commands on one thread; its output goes to the end of a log."""
     one = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(ROOT / OUT / "log.txt", "a") as log:
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=one, check=True, stdout=log, stderr=log)
+    with open(OUT / "log.txt", "a") as log:
+        subprocess.run([sys.executable, *map(str, command)], env=one, check=True, stdout=log, stderr=log)
 
 
-def source(seed: int, data: TokenData, scale: float) -> None:
-    """Train the source model of a seed."""
-    path, steps = OUT / "source" / str(seed), round(1200 * scale)
-    if not (ROOT / path / "model").exists():
+def train_source(path: Path, seed: int, data: str, scale: float) -> None:
+    """Train the source model of a seed, and evaluate it."""
+    steps = round(1200 * scale)
+    if not (path / "model").exists():
         call(
             "train.py", "config/toy_pretrain.py", f"--seed={seed}", f"--out={path}", "--threads=1",
-            f"--data={data.path}", f"--steps={steps}", f"--warmup={steps // 10}",
+            f"--data={data}", f"--steps={steps}", f"--warmup={steps // 10}",
         )  # fmt: skip
-    if not (ROOT / path / "eval.json").exists():
+    if not (path / "eval.json").exists():
         evaluate(path, data, path)
 
 
-def evaluate(path: Path, data: TokenData, *models: Path) -> None:
+def evaluate(path: Path, data: str, *models: Path) -> None:
     """Test losses of some runs, in path/eval.json."""
-    call("eval.py", *models, "--data", data.path, "--sequences", 128, "--json", path / "eval.json")
+    call("eval.py", *models, "--data", data, "--sequences", 128, "--json", path / "eval.json")
 
 
-def run(chain: Chain, data: TokenData, scale: float) -> None:
+def run(chain: Chain, scale: float) -> None:
     """Prune and continue under the chain's schedule, and evaluate both on the test split."""
-    before = model = OUT / "source" / str(chain.seed)
-    domains, scale = data.domains, 3 * scale if chain.part == "long" else scale
+    part, before = PARTS[chain.part], chain.source
+    domains = read_metrics(chain.source).info["domains"]
     for stage, steps in STAGES.items():
-        out, ratio = chain.path / stage, []
-        if chain.part != "own":
-            ratio = [f"--ratio={dict(zip(domains, SKEW))}"]
+        mixture = part.mixture
         if chain.schedule == "uniform":
-            ratio = [f"--ratio={dict.fromkeys(domains, 1.0)}"]
-        if chain.schedule == "mean":
-            drawn = read_metrics(ROOT / Chain(chain.part, "dro", chain.seed).path / stage).evals[-1]["domain_tokens"]
-            ratio = [f"--ratio={dict(drawn)}"]
+            mixture = [1.0] * len(domains)
+        elif chain.schedule == "mean":
+            drawn = read_metrics(Chain(chain.part, "dro", chain.seed).path / stage).evals[-1]["domain_tokens"]
+            mixture = drawn
+        if isinstance(mixture, list):
+            mixture = dict(zip(domains, mixture))
         lengths = {"steps": steps, "warmup": {"prune": 40, "continue": 9}[stage]}
         lengths["eval_interval"] = {"prune": 16, "continue": 12}[stage]
         if stage == "prune":
             lengths["sparsity_warmup"] = 240
-        lengths = {key: max(1, round(value * scale)) for key, value in lengths.items()}
-        if not (ROOT / out / "model").exists():
+        lengths = {key: max(1, round(value * part.length * scale)) for key, value in lengths.items()}
+        settings = lengths | (dict([chain.setting]) if chain.setting else {})
+        out = chain.path / stage
+        if not (out / "model").exists():
             call(
                 "train.py", f"config/toy_{stage}.py", f"--out={out}", f"--init_from={before}", f"--seed={chain.seed}",
-                f"--reference_model={model}", "--threads=1", "--log_interval=20", f"--data={data.path}",
-                *OFF,
-                *(f"--{key}={value}" for key, value in lengths.items()), *SCHEDULES[chain.schedule], *ratio,
-                *chain.options,
+                f"--reference_model={chain.source}", "--threads=1", "--log_interval=20", f"--data={part.data}",
+                *OFF, *SCHEDULES[chain.schedule], *([f"--ratio={mixture}"] if mixture else []),
+                *(f"--{key}={value}" for key, value in settings.items()),
             )  # fmt: skip
         before = out
-    evaluate(chain.path, data, *(chain.path / stage for stage in STAGES))
+    evaluate(chain.path, part.data, *(chain.path / stage for stage in STAGES))
+
+
+def ask(part: str, seed: int) -> None:
+    """Two-choice questions to the continued models of three schedules, in <part>/answers_<seed>.json."""
+    chains = [Chain(part, schedule, seed) for schedule in ("constant", "sheared", "full")]
+    answers = OUT / part / f"answers_{seed}.json"
+    if all(c.result.exists() for c in chains) and not answers.exists():
+        models = [c.path / "continue" for c in chains]
+        call("eval.py", *models, "--data", PARTS[part].data, "--continuation", "--json", answers)
 
 
 # -- what came of it ------------------------------------------------------------------------------------------------
 
 
-def measures(chain: Chain, shares: np.ndarray) -> dict[str, float]:
+def measures(chain: Chain) -> dict[str, float]:
     """Everything that a chain is judged by, after the continue stage unless it says otherwise; nats a token."""
 
     def losses(file, which=0, key="loss"):
         models = list(json.loads(file.read_text())["models"].values())
         return np.array([row[key] for row in models[which]["domains"].values()])
 
-    source = losses(ROOT / OUT / "source" / str(chain.seed) / "eval.json")
+    data = TokenData(PARTS[chain.part].data)
+    natural = np.array([data.tokens(d, "train").size for d in data.domains], float)
+    source = losses(chain.source / "eval.json")
     pruned, loss = (losses(chain.result, i) for i in range(2))
     worse = loss - source
     found = {
-        "average loss": loss.mean(),
-        "average bits per byte": losses(chain.result, 1, "bits_per_byte").mean(),
-        "worst loss": loss.max(),
         "average degradation": worse.mean(),
         "worst degradation": worse.max(),
         "sd of degradation": worse.std(),
+        "average loss": loss.mean(),
+        "worst loss": loss.max(),
+        "average bits per byte": losses(chain.result, 1, "bits_per_byte").mean(),
+        "average degradation, pruned": (pruned - source).mean(),
         "worst degradation, pruned": (pruned - source).max(),
     }
     for rho in RHOS:
-        q = dro_weights(loss, np.zeros_like(loss), shares, rho, floor=0.0)
+        q = dro_weights(loss, np.zeros_like(loss), natural / natural.sum(), rho, floor=0.0)
         found[f"loss under the worst mixture, rho {rho}"] = q @ loss
-    times = [json.loads(x) for x in (ROOT / chain.path / "continue" / "timings.jsonl").read_text().splitlines()]
-    steps = np.diff([0, *(t["step"] for t in times)])
-    training = sum(n * 2048 / t["tokens_per_second"] for n, t in zip(steps, times))
+    found |= {f"degradation, {d}": x for d, x in zip(data.domains, worse)}
+    times = [json.loads(x) for x in (chain.path / "continue" / "timings.jsonl").read_text().splitlines()]
+    steps, batch = np.diff([0, *(t["step"] for t in times)]), read_metrics(chain.path / "continue").info
+    training = sum(n * batch["tokens_per_step"] / t["tokens_per_second"] for n, t in zip(steps, times))
     found["share of the time for evaluations and schedule"] = 1 - training / times[-1]["seconds"]
     return {key: float(value) for key, value in found.items()}
 
 
-def recovery(chain: Chain, constant: Chain) -> dict[str, float | None]:
+def recovery(chain: Chain) -> dict[str, float | None]:
     """Tokens of the continue stage until validation is as good as where `constant` ended; None if it never is."""
-    reference = read_metrics(ROOT / OUT / "source" / str(chain.seed)).end["loss"]
+    part = "skew" if chain.part == "ablation" else chain.part
+    constant = Chain(part, "constant", chain.seed)
+    if not constant.result.exists():
+        return {}
+    reference = read_metrics(chain.source).end["loss"]
 
     def curves(c):
-        evals = read_metrics(ROOT / c.path / "continue").evals
+        evals = read_metrics(c.path / "continue").evals
         worse = np.array([[e["loss"][d] - reference[d] for d in reference] for e in evals])
         return [e["tokens"] for e in evals], worse.max(1), worse.mean(1)
 
@@ -209,90 +261,131 @@ def recovery(chain: Chain, constant: Chain) -> dict[str, float | None]:
     }
 
 
-def report(chains: list[Chain], shares: np.ndarray) -> dict:
-    """results.json: part -> schedule -> values by measure, one a seed, with paired tests."""
-    results = {}
+def compared(mine: dict, others: dict, key: str) -> dict | None:
+    """Paired difference in a measure over the seeds that both schedules have; None with fewer than two."""
+    pairs = [(mine[s].get(key), others[s].get(key)) for s in sorted(mine.keys() & others.keys())]
+    pairs = np.array([p for p in pairs if None not in p], float).reshape(-1, 2)
+    difference = pairs[:, 0] - pairs[:, 1]
+    if len(pairs) < 2 or np.ptp(difference) == 0:
+        return None
+    return {
+        "mean": float(difference.mean()),
+        "sd": float(difference.std(ddof=1)),
+        "p": float(stats.ttest_rel(*pairs.T).pvalue),  # paired t-test, two-sided
+        "lower in": f"{int((difference < 0).sum())} of {len(pairs)}",
+    }
+
+
+def report(chains: list[Chain]) -> dict:
+    """results.json: part -> schedule -> measure -> values, one a seed, and paired tests."""
+    results, summary = {}, {}
     for chain in chains:
         if chain.result.exists():
-            values = measures(chain, shares)
-            constant = Chain(chain.part if chain.part != "ablation" else "skew", "constant", chain.seed)
-            if constant.result.exists():
-                values |= recovery(chain, constant)
-            rows = results.setdefault(chain.part, {}).setdefault(chain.name or chain.schedule, {})
-            rows[str(chain.seed)] = values
-    summary = {}
+            values = measures(chain) | recovery(chain)
+            results.setdefault(chain.part, {}).setdefault(chain.label, {})[chain.seed] = values
     for part, rows in results.items():
-        for schedule, seeds in rows.items():
-            entry = summary.setdefault(part, {}).setdefault(schedule, {"seeds": sorted(seeds)})
+        for label, seeds in rows.items():
+            entry = summary.setdefault(part, {}).setdefault(label, {"seeds": sorted(seeds)})
             for key in next(iter(seeds.values())):
-                x = [seeds[s].get(key) for s in sorted(seeds)]
-                known = [v for v in x if v is not None]
+                values = [seeds[s].get(key) for s in sorted(seeds)]
+                known = [v for v in values if v is not None]
                 entry[key] = {
+                    "values": values,
                     "mean": float(np.mean(known)) if known else None,
                     "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
-                    "values": x,
                 }
-                for other in ("constant", "sheared"):
-                    both = sorted(seeds.keys() & rows.get(other, {}).keys())
-                    pairs = np.array([[seeds[s].get(key), rows[other][s].get(key)] for s in both], float)
-                    pairs = pairs[np.isfinite(pairs).all(1)]
-                    if schedule != other and len(pairs) > 1 and np.ptp(pairs[:, 0] - pairs[:, 1]) > 0:
-                        difference = pairs[:, 0] - pairs[:, 1]
-                        entry[key][f"minus {other}"] = {
-                            "mean": float(difference.mean()),
-                            "sd": float(difference.std(ddof=1)),
-                            "p": float(stats.ttest_rel(*pairs.T).pvalue),  # paired t-test
-                            "better in": f"{int((difference < 0).sum())} of {len(difference)} seeds",
-                        }
+                for other in {"constant", "sheared", "dro"} & rows.keys() - {label}:
+                    entry[key][f"minus {other}"] = compared(seeds, rows[other], key)
+        answers = [OUT / part / f"answers_{seed}.json" for seed in range(PARTS[part].seeds)]
+        answers = [list(json.loads(a.read_text())["models"].values()) for a in answers if a.exists()]
+        if answers:
+            summary[part]["answers"] = {
+                schedule: {
+                    d: [float(np.mean([f(a[i], d) for a in answers])) for f in (accuracy, error)]
+                    for d in [*answers[0][i]["domains"], "average"]
+                }
+                for i, schedule in enumerate(("constant", "sheared", "full"))
+            }
     return summary
+
+
+def accuracy(answers: dict, domain: str) -> float:
+    """Share of a domain's questions, or of all, that a model answered as it is."""
+    return (answers["domains"].get(domain) or answers[domain])["accuracy"]
+
+
+def error(answers: dict, domain: str) -> float:
+    """Its binomial standard error."""
+    return (answers["domains"].get(domain) or answers[domain])["standard_error"]
 
 
 COLUMNS = ["average degradation", "worst degradation", "sd of degradation", "average bits per byte"]
 
 
-def table(summary: dict) -> str:
-    """The main table, markdown: mean ± standard deviation over seeds, paired difference in worst degradation."""
+def spread(entry: dict) -> str:
+    """Mean ± standard deviation."""
+    return f"{entry['mean']:.3f}" + (f" ± {entry['sd']:.3f}" if entry["sd"] else "")
+
+
+def tables(summary: dict) -> str:
+    """Markdown: for each part the main measures, and the paired differences in worst degradation."""
     lines = []
     for part, rows in summary.items():
-        lines += ["", f"{part}", "", f"| schedule | seeds | {' | '.join(COLUMNS)} | worst − constant's | − sheared's |"]
-        lines += ["|---" * (len(COLUMNS) + 4) + "|"]
-        for schedule, row in rows.items():
-            cells = [f"{row[c]['mean']:.3f}" + (f" ± {row[c]['sd']:.3f}" if row[c]["sd"] else "") for c in COLUMNS]
-            for other in ("constant", "sheared"):
-                pair = row["worst degradation"].get(f"minus {other}")
-                cells.append(f"{pair['mean']:+.3f} (p {pair['p']:.2f}, {pair['better in']})" if pair else "")
-            lines.append(f"| {schedule} | {len(row['seeds'])} | {' | '.join(cells)} |")
+        head = [*COLUMNS, "worst − constant's", "worst − sheared's", "average − dro's"]
+        lines += ["", f"### {part}", "", f"| schedule | seeds | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
+        for label, row in rows.items():
+            if label == "answers":
+                continue
+            cells = [spread(row[c]) for c in COLUMNS]
+            for key, other in (("worst", "constant"), ("worst", "sheared"), ("average", "dro")):
+                pair = row[f"{key} degradation"].get(f"minus {other}")
+                cells.append(f"{pair['mean']:+.3f} (p {pair['p']:.2g}, {pair['lower in']})" if pair else "")
+            lines.append(f"| {label} | {len(row['seeds'])} | {' | '.join(cells)} |")
+        if answers := rows.get("answers"):
+            domains = list(answers["constant"])
+            lines += ["", f"| true continuations, % | {' | '.join(domains)} |", "|---" * (len(domains) + 1) + "|"]
+            for schedule, row in answers.items():
+                cells = [f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in row.values()]
+                lines.append(f"| {schedule} | {' | '.join(cells)} |")
     return "\n".join(lines[1:])
+
+
+TITLES = {
+    "skew": "skewed mixture",
+    "own": "the source's mixture",
+    "long": "skewed, three times as long",
+    "languages": "seven languages, mostly English",
+}
 
 
 def figures(summary: dict) -> None:
     """compare.png: each seed's average against its worst degradation, a panel a part; ablation.png."""
     import matplotlib
 
-    parts = [part for part in ("skew", "own", "long") if part in summary]
+    parts = [part for part in TITLES if part in summary]
     with matplotlib.rc_context(STYLE):
         if parts:
             fig, axes = new_figure(1, len(parts))
-            titles = {"skew": "skewed mixture", "own": "the source's mixture", "long": "skewed, three times as long"}
             for ax, part in zip(axes[0], parts):
-                for schedule, row in summary[part].items():
-                    color = COLORS[list(SCHEDULES).index(schedule) % len(COLORS)]
-                    marker = "os^DvXP*"[list(SCHEDULES).index(schedule)]
+                for label, row in summary[part].items():
+                    if label == "answers":
+                        continue
+                    i = list(SCHEDULES).index(label)
+                    color, marker = COLORS[i % len(COLORS)], "os^DhpvXP*"[i]
                     x, y = (row[c]["values"] for c in ("average degradation", "worst degradation"))
                     ax.plot(x, y, marker, color=color, alpha=0.35, markersize=6)
-                    ax.plot(np.mean(x), np.mean(y), marker, color=color, markersize=12, label=schedule)
-                ax.set_title(titles[part])
+                    ax.plot(np.mean(x), np.mean(y), marker, color=color, markersize=12, label=label)
+                ax.set_title(TITLES[part])
                 ax.set_xlabel("average degradation (nats a token)")
             axes[0][0].set_ylabel("worst domain's degradation (nats a token)")
-            axes[0][-1].legend(fontsize=11)
+            axes[0][0].legend(fontsize=11)
             fig.savefig(DOCS / "compare.png")
         if "ablation" in summary:
             fig, axes = new_figure(1, len(ABLATIONS))
-            default = {"rho": 0.1, "delta": 0.1, "floor": 0.2, "eval_interval": 12, "eval_sequences": 16}
             base = summary.get("skew", {}).get("full")
             for ax, (key, values) in zip(axes[0], ABLATIONS.items()):
-                points = {v: summary["ablation"].get(f"{key}_{v}") for v in values}
-                points = {v: row for v, row in points.items() if row} | ({default[key]: base} if base else {})
+                points = {v: summary["ablation"].get(f"{key} {v}") for v in values}
+                points = {v: row for v, row in points.items() if row} | ({DEFAULTS[key]: base} if base else {})
                 for i, c in enumerate(("worst degradation", "average degradation")):
                     xs = sorted(points)
                     ax.plot(range(len(xs)), [points[x][c]["values"][0] for x in xs], "os"[i] + "-", color=COLORS[i],
@@ -306,45 +399,52 @@ def figures(summary: dict) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", default=["skew", "own", "long", "ablation"])
+    parser.add_argument("--seeds", type=int, default=5, help="at most")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--data", default="data/demo", help="data set with seven domains")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps, to try it out")
     parser.add_argument("--report", action="store_true", help="run nothing")
     args = parser.parse_args()
-    (ROOT / OUT).mkdir(parents=True, exist_ok=True)
-    if not (ROOT / args.data / "meta.json").exists():
-        call("prepare_data.py", "installed", "--out", args.data, "--held_out", "0.1")
-    data = TokenData(args.data)
-    shares = np.array([data.tokens(d, "train").size for d in data.domains], float)
-    chains = plan(args.parts, args.seeds)
+    os.chdir(ROOT)
+    OUT.mkdir(parents=True, exist_ok=True)
+    if not Path("data/demo/meta.json").exists():
+        call("prepare_data.py", "installed", "--out", "data/demo", "--held_out", "0.1")
+    for part in list(args.parts):
+        if not Path(PARTS[part].data, "meta.json").exists():
+            print(f"{part} is left out: no {PARTS[part].data}, see experiments/languages.py")
+            args.parts.remove(part)
+    chains = plan(args.parts, args.seeds, args.schedules)
     todo = [] if args.report else [c for c in chains if not c.result.exists()]
     started, done, lock = time.time(), [], threading.Lock()
 
     def work(chain: Chain, *needs) -> None:
         for need in needs:
             need.result()
-        run(chain, data, args.scale)
+        run(chain, args.scale)
         with lock:
             done.append(chain)
             left = (time.time() - started) / len(done) * (len(todo) - len(done))
             print(f"{len(done)}/{len(todo)}: {chain.path}, {left / 3600:.1f} h left", flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        sources = {seed: pool.submit(source, seed, data, args.scale) for seed in sorted({c.seed for c in todo})}
-        futures = {}
-        for c in todo:  # a chain that waits for another comes after it, so the pool cannot lock up
-            needs = [sources[c.seed]]
-            if c.schedule == "mean" and (c.part, "dro", c.seed) in futures:
-                needs.append(futures[c.part, "dro", c.seed])
-            futures[c.part, c.name or c.schedule, c.seed] = pool.submit(work, c, *needs)
+    with ThreadPoolExecutor(args.jobs) as pool:  # what waits for another comes after it, so the pool cannot lock up
+        sources, futures = {}, {}
+        for c in todo:
+            if c.source not in sources:
+                sources[c.source] = pool.submit(train_source, c.source, c.seed, PARTS[c.part].data, args.scale)
+            needs = [sources[c.source]]
+            if c.schedule == "mean" and replace(c, schedule="dro") in futures:
+                needs.append(futures[replace(c, schedule="dro")])
+            futures[c] = pool.submit(work, c, *needs)
         for future in futures.values():
             future.result()
-    summary = report(chains, shares / shares.sum())
+        if not args.report:
+            list(pool.map(lambda c: ask(c.part, c.seed), [c for c in chains if c.schedule == "full" and not c.setting]))
     DOCS.mkdir(parents=True, exist_ok=True)
+    chains = plan(list(PARTS), 5, list(SCHEDULES))  # the report is of all there is
+    summary = report(chains)
     (DOCS / "results.json").write_text(json.dumps({"command": "python experiments/compare.py", **summary}, indent=1))
-    print(table(summary))
+    print(tables(summary))
     figures(summary)
 
 

@@ -178,6 +178,28 @@ def test_the_reference_is_the_lowest_of_given_predicted_and_seen():
     )
 
 
+@pytest.mark.parametrize("law", ["rate", "paper"])
+def test_a_wrong_early_prediction_is_forgotten_but_not_by_the_papers_rule(law):
+    """Losses that promise a fall below 1 and then stay at 1.5: the reference comes back up, or does not."""
+    mixture, references = Mixture(["a", "b"], [0.5, 0.5], "dro", [1.6, 1.6], dynamic_reference=True, law=law), []
+    for k in range(1, 101):
+        loss = max(1.5, 2.5 - 0.05 * k)
+        mixture.update(k / 100, [loss, loss + 0.01], [1000 * k] * 2, 1e6, [1e5] * 2, 1e6)
+        references.append(mixture.state["reference"][0])
+    assert min(references) < 1.2
+    assert references[-1] == pytest.approx(min(references) if law == "paper" else 1.5, abs=0.05)
+
+
+def test_the_falling_rate_is_foreseen():
+    """Losses that fall with a cosine learning rate alone: the reference is where they end, long before."""
+    mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True)
+    for k in range(1, 31):
+        rate = 0.5 + 0.5 * np.cos(np.pi * k / 60)
+        losses = [2 + 0.2 * rate + 0.1 * k**-0.5, 1 + 0.2 * rate + 0.2 * k**-0.5]
+        mixture.update(k / 60, losses, [k, k], 1e6, [60, 60], 1e6, rate, 0.0)
+    assert mixture.state["reference"] == pytest.approx([2 + 0.1 * 60**-0.5, 1 + 0.2 * 60**-0.5], abs=0.01)
+
+
 def test_a_domain_that_cannot_be_predicted_says_so_and_the_others_go_on():
     mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True)
     for k in range(1, 31):

@@ -1,12 +1,15 @@
 """The scaling law: known laws recovered, against scipy's curve_fit, and honest where it cannot know."""
 
+import json
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.optimize import curve_fit
+from scipy.optimize import curve_fit, least_squares
 
-from scaling_law import FitError, ScalingLaw, fit
+from scaling_law import RIDGE, FitError, ScalingLaw, fit, fit_together
 
 
 def random_laws(n, seed=0):
@@ -106,3 +109,93 @@ def test_impossible_fits_say_why(name):
     tokens, losses, words = IMPOSSIBLE[name]
     with pytest.raises(FitError, match=words):
         fit(tokens, losses)
+
+
+# -- with the learning rate -----------------------------------------------------------------------------------------
+
+
+def cosine(share):
+    return 0.1 + 0.45 * (1 + np.cos(np.pi * share))
+
+
+def three_domains(share, noise=0.0, seed=0):
+    """Three domains under a cosine schedule, seen up to `share` of the run: tokens, losses, rates, the end."""
+    rng = np.random.default_rng(seed)
+    progress, speeds = np.linspace(0.02, share, 24), np.array([1e6, 3e5, 5e4])
+    laws = [ScalingLaw(A, 0.0, 0.4, E, s, None, 0.15) for A, E, s in zip((0.1, 0.2, 0.05), (1.7, 1.2, 2.0), speeds)]
+    tokens, rates = progress[:, None] * speeds, cosine(progress)
+    losses = np.stack([law.predict(t, rate=rates) for law, t in zip(laws, tokens.T)], 1)
+    end = [law.predict(s, rate=0.1) for law, s in zip(laws, speeds)]
+    return tokens, losses + noise * rng.standard_normal(losses.shape), rates, np.array(end), speeds
+
+
+def test_what_the_falling_rate_gains_is_foreseen():
+    """Half of a cosine run seen: eq. 4 alone misses what the rate will still give, the law that knows it does not."""
+    tokens, losses, rates, end, speeds = three_domains(0.5)
+    laws = fit_together(tokens, losses, rates=rates)
+    together = np.array([law.predict(s, rate=0.1) for law, s in zip(laws, speeds)])
+    alone = np.array([fit(t, y).predict(s) for t, y, s in zip(tokens.T, losses.T, speeds)])
+    assert np.abs(together - end).max() < 0.004  # the ridge costs a little
+    assert np.abs(alone - end).min() > 0.03
+    assert laws[0].B == pytest.approx(0.15, rel=0.05) and len({(law.alpha, law.beta, law.B) for law in laws}) == 1
+
+
+def test_together_is_the_least_squares_solution():
+    """The same problem, ridge included, by a general solver from the true parameters."""
+    tokens, losses, rates, _, speeds = three_domains(0.6, noise=0.003, seed=5)
+    t = tokens / tokens[-1]
+
+    def residuals(v):
+        return np.append((v[2:5] * t ** -v[0] + v[1] * rates[:, None] + v[5:8] - losses).ravel(), RIDGE**0.5 * v[1])
+
+    best = least_squares(residuals, [0.4, 0.15, 0.1, 0.2, 0.05, 1.7, 1.2, 2.0], xtol=1e-12, ftol=1e-12).x
+    law, *others = fit_together(tokens, losses, rates=rates)
+    mine = [law.beta, law.B, law.A, others[0].A, others[1].A, law.E, others[0].E, others[1].E]
+    assert np.sum(residuals(np.array(mine)) ** 2) < 1.05 * np.sum(residuals(best) ** 2)  # Huber's weights cost a little
+
+
+def test_a_rate_that_has_not_moved_tells_nothing():
+    """With the rate constant so far B is 0, and a domain's law is eq. 4's."""
+    tokens, losses, *_ = three_domains(1.0)
+    assert all(law.B == 0 for law in fit_together(tokens, losses, rates=np.ones(24)))
+    law, *_ = fit_together(tokens[:, :1], losses[:, :1], rates=np.ones(24))
+    assert replace(law, B=0.0) == fit(tokens[:, 0], losses[:, 0])
+
+
+def test_together_each_domain_has_its_own_reason():
+    tokens, losses, rates, end, speeds = three_domains(0.8)
+    losses[:, 1] = np.nan
+    tokens[:, 2] = np.maximum(0, tokens[:, 2] - tokens[9, 2])  # drawn late
+    laws = fit_together(tokens, losses, rates=rates)
+    assert isinstance(laws[0], ScalingLaw) and "finite" in str(laws[1]) and isinstance(laws[2], ScalingLaw)
+    assert [str(e) for e in fit_together(tokens[:3], losses[:3])] == [
+        "3 points, at least 5 are needed", "3 points, at least 5 are needed", "0 points, at least 5 are needed",
+    ]  # fmt: skip
+    with pytest.raises(FitError, match="same length"):
+        fit_together(tokens, losses, rates=rates[:5])
+
+
+HISTORIES = json.loads((Path(__file__).parent / "histories.json").read_text())
+
+
+def test_real_runs_are_foreseen_better_than_by_eq_4():
+    """Loss histories of real toy runs (tests/histories.json): at half of the run, where will it end?"""
+    errors = []
+    for run in HISTORIES.values():
+        run = {key: np.array(values) for key, values in run.items()}
+        known = (run["progress"] >= 0.02) & (run["progress"] <= 0.5)
+        tokens, losses, params, rates = (run[key][known] for key in ("tokens", "losses", "params", "rates"))
+        tokens_end, params_end, rate_end, end = (run[key][-1] for key in ("tokens", "params", "rates", "losses"))
+        together = fit_together(tokens, losses, params, rates)
+        alone = [fit_together(t[:, None], y[:, None], params)[0] for t, y in zip(tokens.T, losses.T)]
+        alone = [y.min() if isinstance(law, FitError) else law for law, y in zip(alone, losses.T)]
+        predictions = [
+            [
+                law.predict(t, params_end, rate_end) if isinstance(law, ScalingLaw) else law
+                for law, t in zip(laws, tokens_end)
+            ]
+            for laws in (together, alone)
+        ]
+        errors.append(np.abs(np.array(predictions) - end).mean(1))
+    errors = np.array(errors)  # (runs, 2)
+    assert (errors[:, 0] < errors[:, 1]).all() and errors[:, 0].mean() < 0.5 * errors[:, 1].mean()

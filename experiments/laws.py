@@ -1,0 +1,308 @@
+"""Where will the loss end? Laws that predict it, tried on real loss histories at 25, 50 and 75 % of a run.
+
+    python experiments/laws.py record --jobs 2      # constant runs of both stages, measured in more ways
+    python experiments/laws.py                      # every law on every history: docs/compare/laws.json and a table
+
+Needs the source models of experiments/compare.py. `record` runs the prune and continue stages of seed 0 at the skewed
+mixture and of seed 1 at the source's own, and at each evaluation writes down the loss of each validation window for
+the weights as they are and for an exponential moving average of them (over 5 % of the run). The other
+histories are those that experiments/compare.py has left.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from scipy.optimize import minimize, nnls
+from scipy.special import huber, logsumexp
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+from plot import read_metrics  # noqa: E402
+from scaling_law import FitError, fit_together, powers, solve  # noqa: E402
+from train import lr_scale  # noqa: E402
+
+OUT = Path("out/laws")
+SHARES = (0.25, 0.5, 0.75)
+ANNEALING_MEMORY = 0.99
+HORIZONS = {"ema": 0.05}  # of the moving averages of the weights, in shares of the run
+WINDOWS = 32  # validation windows a domain
+
+
+def watch(name: str, *command: str) -> None:
+    """Run train.py, and write a history as well: out/laws/<name>.jsonl, a line an evaluation."""
+    import torch
+
+    import train
+
+    class Watched(train.Trainer):
+        def __init__(self, s, model, *args):
+            super().__init__(s, model, *args)
+            self.averages = {key: [p.detach().clone() for p in model.parameters()] for key in HORIZONS}
+
+        def step(self, step, *batch):
+            super().step(step, *batch)
+            for key, share in HORIZONS.items():
+                memory = min(step + 1, max(1, share * self.s.steps))
+                now = [p.detach() for p in self.model.parameters()]
+                torch._foreach_lerp_(self.averages[key], now, 1 / memory)
+
+    @torch.no_grad()
+    def windows(model, data, seq_len, z):
+        losses = {}
+        for domain in data.domains:
+            tokens = torch.from_numpy(data.eval_sequences(domain, "val", seq_len, WINDOWS))
+            nll = [model(x[:, :-1], z, targets=x[:, 1:]).mean(1) for x in tokens.split(8)]
+            losses[domain] = torch.cat(nll).tolist()
+        return losses
+
+    usual = train.evaluate
+
+    def evaluate(s, trainer, data, mixture, run, step, seen):
+        usual(s, trainer, data, mixture, run, step, seen)
+        z = trainer.masks.deterministic(at_target=False) if trainer.masks else None
+        params, found = list(trainer.model.parameters()), {}
+        weights = [p.detach().clone() for p in params]
+        for key in ["weights", *HORIZONS]:
+            for p, value in zip(params, trainer.averages.get(key, weights)):
+                p.data.copy_(value)
+            found[key] = windows(trainer.model, data, s.seq_len, z)
+        for p, value in zip(params, weights):
+            p.data.copy_(value)
+        with open(OUT / f"{name}.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **found}) + "\n")
+
+    train.Trainer, train.evaluate = Watched, evaluate
+    sys.argv = ["train.py", *command]
+    train.main()
+
+
+def record(part: str, seed: int) -> None:
+    """One prune and one continue run under `constant`."""
+    from compare import OFF, SKEW, STAGES
+    from compare import OUT as COMPARE
+
+    source = before = COMPARE / "source" / str(seed)
+    domains = json.loads((source / "metrics.jsonl").read_text().split("\n")[0])["domains"]
+    for stage in STAGES:
+        name = f"{stage}_{part}_{seed}"
+        if not (OUT / name / "model").exists():
+            ratio = [f"--ratio={dict(zip(domains, SKEW))}"] if part == "skew" else []
+            command = [
+                f"config/toy_{stage}.py", f"--init_from={before}", f"--reference_model={source}", f"--seed={seed}",
+                f"--out={OUT / name}", "--threads=1", "--resume=never", "--schedule=constant", *OFF, *ratio,
+            ]  # fmt: skip
+            OUT.mkdir(parents=True, exist_ok=True)
+            (OUT / f"{name}.jsonl").unlink(missing_ok=True)
+            one = os.environ | {"OMP_NUM_THREADS": "1"}
+            with open(OUT / f"{name}.log", "w") as log:
+                subprocess.run([sys.executable, __file__, "watch", name, *command], env=one, check=True, stdout=log)
+        before = OUT / name
+
+
+# -- histories ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class History:
+    """The losses of a run: n evaluations of d domains, and where they ended."""
+
+    stage: str
+    progress: np.ndarray  # (n,) shares of the run
+    losses: np.ndarray  # (n, d) nats a token
+    tokens: np.ndarray  # (n, d) of the domain seen
+    params: np.ndarray  # (n,)
+    rate: np.ndarray  # (n,) learning rate, of the peak
+    area: np.ndarray  # (n,) sum of learning rates so far, of the run's: S1 of arXiv 2408.11029
+    annealed: np.ndarray  # (n,) S2 of arXiv 2408.11029, of the run's
+    plain: np.ndarray  # (n, d) losses of the weights as they are, by the same windows as `final`
+    final: np.ndarray  # (d,) of these at the end
+    before: "History | None" = None  # of the stage before
+
+    def until(self, share: float) -> "History":
+        """What is known at this share of the run."""
+        rows = (self.progress >= 0.02) & (self.progress <= share + 1e-9)
+        known = {k: getattr(self, k)[rows] for k in "progress losses tokens params rate area annealed plain".split()}
+        return replace(self, **known)
+
+
+def history(path: Path) -> History:
+    """Read a run."""
+    run, config = read_metrics(path), json.loads((path / "config.json").read_text())
+    s = SimpleNamespace(**config)
+    rates = np.array([lr_scale(step, s) for step in range(s.steps)])
+    drops, momentum, annealed = np.maximum(0, rates[:-1] - rates[1:]), 0.0, [0.0]
+    for drop in drops:
+        momentum = ANNEALING_MEMORY * momentum + drop
+        annealed.append(annealed[-1] + momentum)
+    domains, evals = run.info["domains"], run.evals
+    at = np.array([e["step"] for e in evals])
+    logged = np.array([[e["loss"][d] for d in domains] for e in evals])
+    cut = lambda total: np.concatenate([[0], np.cumsum(total)])[at] / np.sum(total)  # noqa: E731
+    return History(
+        run.info["stage"], at / s.steps, logged,
+        np.array([[e["domain_tokens"][d] for d in domains] for e in evals], float),
+        np.array([e["parameters"] for e in evals], float), rates[np.maximum(at - 1, 0)], cut(rates),
+        np.array(annealed)[np.maximum(at - 1, 0)] / annealed[-1], logged, logged[-1],
+    )  # fmt: skip
+
+
+# -- laws: a history until now -> predicted final loss of each domain, (d,) -----------------------------------------
+
+
+def published(h: History, end: History) -> np.ndarray:
+    """Eq. 4 as the published code fits it: unscaled tokens, L-BFGS from 36 starts, Huber loss of log loss."""
+    found = []
+    for i in range(h.losses.shape[1]):
+        t, p, y = np.log(h.tokens[:, i]), np.log(h.params), np.log(h.losses[:, i])
+
+        def parts(x, t, p):
+            return np.stack([x[0] - x[1] * p - x[2] * t, np.full_like(t, x[3])])
+
+        def cost(x, t=t, p=p, y=y):
+            return huber(1e-3, logsumexp(parts(x, t, p), axis=0) - y).sum()
+
+        starts = itertools.product((0.0, 5.0, 10.0), (0.0, 0.5), (0.0, 0.5, 1.0), (-1.0, 0.5))
+        best = min((minimize(cost, x0, method="L-BFGS-B") for x0 in starts), key=lambda r: r.fun)
+        found.append(np.exp(logsumexp(parts(best.x, np.log(end.tokens[-1:, i]), np.log(end.params[-1:])))))
+    return np.array(found)
+
+
+def fitted(one_by_one=False, rates=False, area=False, carried=False):
+    """A law as scaling_law.py fits it; the best loss so far where it cannot.
+
+    one_by_one: each domain alone; rates: with the term of the learning rate; area: by the sum of learning rates (S1)
+    in place of tokens; carried: exponents and B from the stage before, A and E from this one.
+    """
+
+    def law(h: History, end: History) -> np.ndarray:
+        tokens = np.repeat(h.area[:, None], h.losses.shape[1], 1) if area else h.tokens
+        tokens_end = np.ones(h.losses.shape[1]) if area else end.tokens[-1]
+        rate = h.rate if rates else None
+        if carried and h.before is not None:
+            return carry_over(h, end)
+        if one_by_one:
+            laws = [fit_together(t[:, None], y[:, None], h.params, rate)[0] for t, y in zip(tokens.T, h.losses.T)]
+        else:
+            laws = fit_together(tokens, h.losses, h.params, rate)
+        return np.array(
+            [
+                h.losses[:, i].min() if isinstance(law, FitError) else law.predict(t, end.params[-1], end.rate[-1])
+                for i, (law, t) in enumerate(zip(laws, tokens_end))
+            ]
+        )
+
+    return law
+
+
+def carry_over(h: History, end: History) -> np.ndarray:
+    """Exponents and B as fitted to the whole stage before, A and E to this one."""
+    old = next(iter(fit_together(h.before.tokens, h.before.losses, h.before.params, h.before.rate)))
+    x = powers(np.zeros(1), np.array([old.beta]), np.log(h.tokens / h.tokens[-1]), np.zeros(len(h.tokens)))
+    y = h.losses - old.B * h.rate[:, None]
+    A, _, E, _ = (v[0] for v in solve(x, np.zeros(len(y)), y, np.ones_like(y)))
+    return A * (end.tokens[-1] / h.tokens[-1]) ** -old.beta + E + old.B * end.rate[-1]
+
+
+def schedule_aware(column, shared: bool):
+    """E + A · (S1^-beta · P^-alpha + ratio · column): the best of a grid by least squares, for all domains or each."""
+
+    def law(h: History, end: History) -> np.ndarray:
+        d, costs, found = h.losses.shape[1], [], []
+        for beta, alpha, ratio in itertools.product(EXPONENTS, ALPHAS if np.ptp(h.params) > 1 else [0.0], RATIOS):
+            x = h.area**-beta * (h.params / end.params[-1]) ** -alpha + ratio * column(h, end)
+            fits = [nnls(np.stack([np.ones_like(x), x], 1), y) for y in h.losses.T]
+            costs.append([rest**2 for _, rest in fits])
+            found.append([E + A * (1 + ratio * column(end, end)[-1]) for (E, A), _ in fits])
+        costs, found = np.array(costs), np.array(found)
+        best = np.full(d, costs.sum(1).argmin()) if shared else costs.argmin(0)
+        return found[best, np.arange(d)]
+
+    return law
+
+
+EXPONENTS = np.geomspace(0.05, 3, 8)
+RATIOS = np.array([0, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5, 5.0])
+ALPHAS = np.array([0, 0.2, 0.4, 0.7, 1.0, 1.5])
+LAWS = {
+    "best so far": lambda h, end: h.losses.min(0),
+    "eq. 4, as published": published,
+    "eq. 4, scaled (law=paper)": fitted(one_by_one=True),
+    "eq. 4, shared exponents": fitted(),
+    "eq. 4 + B · rate, each alone": fitted(one_by_one=True, rates=True),
+    "eq. 4 + B · rate, together (law=rate)": fitted(rates=True),
+    "the same, by S1 instead of tokens": fitted(rates=True, area=True),
+    "the same, carried over": fitted(rates=True, carried=True),
+    "B proportional to A": schedule_aware(lambda h, end: h.rate, shared=True),
+    "L0 + A · S1^-alpha - C · S2, each": schedule_aware(lambda h, end: 1 - h.annealed, shared=False),
+    "L0 + A · S1^-alpha - C · S2, shared": schedule_aware(lambda h, end: 1 - h.annealed, shared=True),
+}
+
+
+def histories() -> list[tuple[str, History]]:
+    """What there is: name of the group, history."""
+    found = []
+    for path in sorted(OUT.glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        plain = np.array([list(row["weights"].values()) for row in rows]).mean(-1)
+        stage = path.stem.split("_")[0]
+        before = history(OUT / path.stem.replace("continue", "prune")).until(1) if stage == "continue" else None
+        usual = replace(history(OUT / path.stem), before=before, plain=plain, final=plain[-1])
+        for key in ["weights", *HORIZONS]:
+            windows = np.array([list(row[key].values()) for row in rows])  # (n, d, windows)
+            for n in (16, WINDOWS):
+                found.append((f"{key}, {n} windows", replace(usual, losses=windows[..., :: WINDOWS // n].mean(-1))))
+    for path in sorted(Path("out/compare").glob("*/*_[0-9]")):
+        if (path / "eval.json").exists() and path.parent.name != "ablation":
+            prune = history(path / "prune")
+            found.append((path.parent.name, prune))
+            found.append((path.parent.name, replace(history(path / "continue"), before=prune.until(1))))
+    return found
+
+
+def main():
+    if sys.argv[1:2] == ["watch"]:  # a process of `record`
+        return watch(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["record", "report"], default="report")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    if args.what == "record":
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(record, ["skew", "own"], [0, 1]))
+        return
+    found = histories()
+    results = {"command": "python experiments/laws.py", "unit": "nats a token, means over runs and domains"}
+    for group, stage in itertools.product(dict.fromkeys(g for g, _ in found), ("prune", "continue")):
+        runs = [h for g, h in found if g == group and h.stage == stage]
+        if not runs:
+            continue
+        known = {share: [h.until(share) for h in runs] for share in SHARES}
+        left = {s: np.mean([np.abs(k.plain[-1] - h.final).mean() for k, h in zip(known[s], runs)]) for s in SHARES}
+        print(f"\n{group}, {stage}, {len(runs)} runs: error (error of the differences between domains)")
+        print(f"{'left to gain':40}" + "".join(f"{f'{left[s]:.3f} at {s:.0%}':>17}" for s in SHARES))
+        rows = results.setdefault(group, {})[stage] = {"runs": len(runs), "left to gain": left, "laws": {}}
+        for name, law in LAWS.items():
+            row = rows["laws"][name] = {}
+            for s in SHARES:
+                error = np.array([law(k, h) - h.final for k, h in zip(known[s], runs)])
+                differences = error - error.mean(1, keepdims=True)
+                row[s] = {"error": np.abs(error).mean(), "of differences": np.abs(differences).mean()}
+            cells = (f"{x['error']:.3f} ({x['of differences']:.3f})" for x in row.values())
+            print(f"{name:40}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+    Path("docs/compare").mkdir(exist_ok=True)
+    Path("docs/compare/laws.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
