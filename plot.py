@@ -82,10 +82,7 @@ class Run:
 
 
 def read_metrics(path: str | Path) -> Run:
-    """The run in directory `path`. Half-written lines are skipped: the run may be going on, or was killed and resumed.
-
-    A resumed run repeats the steps since its last checkpoint: the later line counts.
-    """
+    """The run in directory `path`. A half-written line is skipped: the run may be going on."""
     run = Run(Path(path))
     file = run.path / "metrics.jsonl"
     if not run.path.is_dir():
@@ -104,13 +101,7 @@ def read_metrics(path: str | Path) -> Run:
         elif kind == "end":
             run.end = record
         elif kind in ("train", "eval") and step is not None:
-            run.end = None  # training went on
-            same, other = (run.train, run.evals) if kind == "train" else (run.evals, run.train)
-            while same and same[-1]["step"] >= step:
-                same.pop()
-            while other and other[-1]["step"] > step:
-                other.pop()
-            same.append(record)
+            (run.train if kind == "train" else run.evals).append(record)
     missing = [key for key in ("stage", "steps", "domains", "tokens_per_step") if key not in run.info]
     if missing:
         raise ValueError(f"{file}: not the metrics of a run: no `run` line with {', '.join(missing)}")

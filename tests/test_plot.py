@@ -152,16 +152,6 @@ def test_read_metrics_skips_a_half_written_line(tmp_path):
     assert torn.end is None
 
 
-def test_a_resumed_run_counts_its_later_lines(tmp_path):
-    first, again = list(records(stop=60)), list(records(seed=1, schedule="sheared"))
-    again = [again[0], *(r for r in again[1:] if r["step"] > 30)]  # the checkpoint was at step 30
-    run = plot.read_metrics(write(tmp_path, [*first, *again]))
-    assert run.info == again[0] and run.end == again[-1]
-    assert [e["step"] for e in run.evals] == list(range(10, 201, 10))
-    assert [e for e in run.evals if e["step"] > 30] == evals(again)
-    assert [r["step"] for r in run.train] == list(range(5, 201, 5))
-
-
 # --- what the pictures show
 
 
