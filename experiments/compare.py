@@ -9,6 +9,7 @@ pruning stage and the toy continue stage run under each schedule, everything els
 
     constant, sheared, dro            the references are the source's own validation losses, measured beforehand
     full, rho 0.5                     both, in a robust set five times as large in divergence
+    full, predicted only              both, with no references given: the prediction is all there is
     dro + reference, dro + ratio      one of DRPruning's additions each
     full                              both: DRPruning, with the scaling law that knows the learning rate
     full, paper's law                 both, with eq. 4 as the paper has it
@@ -17,11 +18,13 @@ pruning stage and the toy continue stage run under each schedule, everything els
 
 Parts, in this order:
 
-    skew        all schedules, 5 seeds, at a mixture of 78 % C++ headers
-    own         the same at the mixture that the source was trained on
-    long        three times the steps at the skewed mixture, four schedules, 3 seeds
-    languages   seven languages (experiments/languages.py), three quarters English, four schedules, 3 seeds
-    ablation    one setting of the full method at a time at the skewed mixture, one seed
+    skew          all schedules, 5 seeds, at a mixture of 78 % C++ headers
+    recovery      the continue stage alone, from the model that `constant` has pruned: the same gates for all
+    own           as skew, at the mixture that the source was trained on
+    recovery_own  as recovery, at that mixture
+    long          three times the steps at the skewed mixture, four schedules, 3 seeds
+    languages     seven languages (experiments/languages.py), three quarters English, four schedules, 3 seeds
+    ablation      one setting of the full method at a time at the skewed mixture, one seed
 
 All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. Afterwards the
 two-choice questions of continuation.py are put to some of the models. What is done is skipped, so an interrupted call
@@ -58,6 +61,12 @@ SCHEDULES = {
     "full": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True"],
     "full, paper's law": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True", "--law=paper"],
     "full, rho 0.5": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True", "--rho=0.5"],
+    "full, predicted only": [
+        "--schedule=dro",
+        "--dynamic_reference=True",
+        "--dynamic_ratio=True",
+        "--reference_model=",
+    ],
     "dro + reference": ["--schedule=dro", "--dynamic_reference=True"],
     "dro + ratio": ["--schedule=dro", "--dynamic_ratio=True"],
     "uniform": ["--schedule=constant"],
@@ -89,11 +98,14 @@ class Part:
     length: int = 1  # times as many steps
     data: str = "data/demo"
     sources: str = "source"  # where the source models are
+    pruned: str = ""  # the part whose `constant` has pruned the model; empty: each schedule prunes its own
 
 
 PARTS = {
     "skew": Part(list(SCHEDULES), 5, SKEW),
+    "recovery": Part(list(SCHEDULES), 5, SKEW, pruned="skew"),
     "own": Part(list(SCHEDULES), 5, None),
+    "recovery_own": Part(list(SCHEDULES), 5, None, pruned="own"),
     "long": Part(FOUR, 3, SKEW, length=3),
     "languages": Part(FOUR, 3, ENGLISH, data="data/languages", sources="source_languages"),
     "ablation": Part(["full"], 1, SKEW),
@@ -123,6 +135,17 @@ class Chain:
     def source(self) -> Path:
         """The run of its source model."""
         return OUT / PARTS[self.part].sources / str(self.seed)
+
+    @property
+    def base(self) -> "Chain | None":
+        """The chain that has pruned the model, where it is another."""
+        part = PARTS[self.part].pruned
+        return Chain(part, "constant", self.seed) if part else None
+
+    @property
+    def models(self) -> list[Path]:
+        """The pruned and the continued run."""
+        return [(self.base or self).path / "prune", self.path / "continue"]
 
     @property
     def result(self) -> Path:
@@ -168,13 +191,15 @@ def run(chain: Chain, scale: float) -> None:
     """Prune and continue under the chain's schedule, and evaluate both on the test split."""
     part, before = PARTS[chain.part], chain.source
     domains = read_metrics(chain.source).info["domains"]
-    for stage, steps in STAGES.items():
+    for out, (stage, steps) in zip(chain.models, STAGES.items()):
+        start, before = before, out
+        if (out / "model").exists():
+            continue
         mixture = part.mixture
         if chain.schedule == "uniform":
             mixture = [1.0] * len(domains)
         elif chain.schedule == "mean":
-            drawn = read_metrics(Chain(chain.part, "dro", chain.seed).path / stage).evals[-1]["domain_tokens"]
-            mixture = drawn
+            mixture = read_metrics(replace(chain, schedule="dro").path / stage).evals[-1]["domain_tokens"]
         if isinstance(mixture, list):
             mixture = dict(zip(domains, mixture))
         lengths = {"steps": steps, "warmup": {"prune": 40, "continue": 9}[stage]}
@@ -183,16 +208,13 @@ def run(chain: Chain, scale: float) -> None:
             lengths["sparsity_warmup"] = 240
         lengths = {key: max(1, round(value * part.length * scale)) for key, value in lengths.items()}
         settings = lengths | (dict([chain.setting]) if chain.setting else {})
-        out = chain.path / stage
-        if not (out / "model").exists():
-            call(
-                "train.py", f"config/toy_{stage}.py", f"--out={out}", f"--init_from={before}", f"--seed={chain.seed}",
-                f"--reference_model={chain.source}", "--threads=1", "--log_interval=20", f"--data={part.data}",
-                *OFF, *SCHEDULES[chain.schedule], *([f"--ratio={mixture}"] if mixture else []),
-                *(f"--{key}={value}" for key, value in settings.items()),
-            )  # fmt: skip
-        before = out
-    evaluate(chain.path, part.data, *(chain.path / stage for stage in STAGES))
+        call(
+            "train.py", f"config/toy_{stage}.py", f"--out={out}", f"--init_from={start}", f"--seed={chain.seed}",
+            f"--reference_model={chain.source}", "--threads=1", "--log_interval=20", f"--data={part.data}",
+            *OFF, *SCHEDULES[chain.schedule], *([f"--ratio={mixture}"] if mixture else []),
+            *(f"--{key}={value}" for key, value in settings.items()),
+        )  # fmt: skip
+    evaluate(chain.path, part.data, *chain.models)
 
 
 def ask(part: str, seed: int) -> None:
@@ -352,7 +374,9 @@ def tables(summary: dict) -> str:
 
 TITLES = {
     "skew": "skewed mixture",
+    "recovery": "skewed, the same pruned model",
     "own": "the source's mixture",
+    "recovery_own": "the source's, the same pruned model",
     "long": "skewed, three times as long",
     "languages": "seven languages, mostly English",
 }
@@ -371,7 +395,7 @@ def figures(summary: dict) -> None:
                     if label == "answers":
                         continue
                     i = list(SCHEDULES).index(label)
-                    color, marker = COLORS[i % len(COLORS)], "os^DhpvXP*"[i]
+                    color, marker = COLORS[i % len(COLORS)], "os^Dhpd<>XP*"[i]
                     x, y = (row[c]["values"] for c in ("average degradation", "worst degradation"))
                     ax.plot(x, y, marker, color=color, alpha=0.35, markersize=6)
                     ax.plot(np.mean(x), np.mean(y), marker, color=color, markersize=12, label=label)
@@ -415,7 +439,8 @@ def main():
             print(f"{part} is left out: no {PARTS[part].data}, see experiments/languages.py")
             args.parts.remove(part)
     chains = plan(args.parts, args.seeds, args.schedules)
-    todo = [] if args.report else [c for c in chains if not c.result.exists()]
+    todo = list(dict.fromkeys(x for c in chains for x in (c.base, c) if x and not x.result.exists()))
+    todo = [] if args.report else todo
     started, done, lock = time.time(), [], threading.Lock()
 
     def work(chain: Chain, *needs) -> None:
@@ -432,10 +457,8 @@ def main():
         for c in todo:
             if c.source not in sources:
                 sources[c.source] = pool.submit(train_source, c.source, c.seed, PARTS[c.part].data, args.scale)
-            needs = [sources[c.source]]
-            if c.schedule == "mean" and replace(c, schedule="dro") in futures:
-                needs.append(futures[replace(c, schedule="dro")])
-            futures[c] = pool.submit(work, c, *needs)
+            before = [c.base, replace(c, schedule="dro") if c.schedule == "mean" else None]
+            futures[c] = pool.submit(work, c, sources[c.source], *(futures[b] for b in before if b in futures))
         for future in futures.values():
             future.result()
         if not args.report:
