@@ -383,26 +383,30 @@ TITLES = {
 
 
 def figures(summary: dict) -> None:
-    """compare.png: each seed's average against its worst degradation, a panel a part; ablation.png."""
+    """compare.png: what each schedule wins on `constant`, seed by seed, a column a part; ablation.png."""
     import matplotlib
 
-    parts = [part for part in TITLES if part in summary]
+    parts = [part for part in TITLES if "constant" in summary.get(part, {})]
     with matplotlib.rc_context(STYLE):
         if parts:
-            fig, axes = new_figure(1, len(parts))
-            for ax, part in zip(axes[0], parts):
-                for label, row in summary[part].items():
-                    if label == "answers":
-                        continue
-                    i = list(SCHEDULES).index(label)
-                    color, marker = COLORS[i % len(COLORS)], "os^Dhpd<>XP*"[i]
-                    x, y = (row[c]["values"] for c in ("average degradation", "worst degradation"))
-                    ax.plot(x, y, marker, color=color, alpha=0.35, markersize=6)
-                    ax.plot(np.mean(x), np.mean(y), marker, color=color, markersize=12, label=label)
-                ax.set_title(TITLES[part])
-                ax.set_xlabel("average degradation (nats a token)")
-            axes[0][0].set_ylabel("worst domain's degradation (nats a token)")
-            axes[0][0].legend(fontsize=11)
+            fig, axes = new_figure(2, len(parts), height=9)
+            for column, part in zip(axes.T, parts):
+                base = summary[part]["constant"]
+                rows = {s: summary[part][s] for s in reversed(SCHEDULES) if s in summary[part] and s != "constant"}
+                for ax, key in zip(column, ("worst degradation", "average degradation")):
+                    for y, (label, row) in enumerate(rows.items()):
+                        start = dict(zip(base["seeds"], base[key]["values"]))
+                        won = [v - start[s] for s, v in zip(row["seeds"], row[key]["values"]) if s in start]
+                        color = COLORS[1] if label.startswith("full") else COLORS[0]
+                        ax.plot(won, [y] * len(won), "o", color=color, alpha=0.4, markersize=6)
+                        ax.plot(np.mean(won), y, "|", color=color, markersize=22, markeredgewidth=4)
+                    ax.axvline(0, color="black", linewidth=1)
+                    ax.set_yticks(range(len(rows)), rows if ax in axes[:, 0] or len(rows) < 9 else [], fontsize=11)
+                    ax.set_ylim(-0.6, len(rows) - 0.4)
+                    ax.tick_params(axis="x", labelsize=11)
+                    ax.set_xlabel(f"{key}\nless constant's (nats a token)", fontsize=12)
+                    ax.grid(axis="x", color="#e4e4e4")
+                column[0].set_title(f"{TITLES[part]}, {len(base['seeds'])} seeds", fontsize=13)
             fig.savefig(DOCS / "compare.png")
         if "ablation" in summary:
             fig, axes = new_figure(1, len(ABLATIONS))
