@@ -8,7 +8,7 @@ From one source model a seed (config/toy_pretrain.py; the seed is of the source,
 pruning stage and the toy continue stage run under each schedule, everything else equal:
 
     constant, sheared, dro            the references are the source's own validation losses, measured beforehand
-    full, rho 0.5                     both, in a robust set five times as large in divergence
+    full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large
     full, predicted only              both, with no references given: the prediction is all there is
     dro + reference, dro + ratio      one of DRPruning's additions each
     full                              both: DRPruning, with the scaling law that knows the learning rate
@@ -61,6 +61,7 @@ SCHEDULES = {
     "full": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True"],
     "full, paper's law": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True", "--law=paper"],
     "full, rho 0.5": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True", "--rho=0.5"],
+    "dro, rho 0.5": ["--schedule=dro", "--rho=0.5"],
     "full, predicted only": [
         "--schedule=dro",
         "--dynamic_reference=True",
@@ -331,6 +332,13 @@ def report(chains: list[Chain]) -> dict:
     return summary
 
 
+def rounded(x):
+    """The same with numbers to four digits after the point, p values to two significant ones."""
+    if isinstance(x, dict):
+        return {k: float(f"{v:.2g}") if k == "p" else rounded(v) for k, v in x.items()}
+    return [rounded(v) for v in x] if isinstance(x, list) else round(x, 4) if isinstance(x, float) else x
+
+
 def accuracy(answers: dict, domain: str) -> float:
     """Share of a domain's questions, or of all, that a model answered as it is."""
     return (answers["domains"].get(domain) or answers[domain])["accuracy"]
@@ -470,7 +478,8 @@ def main():
     DOCS.mkdir(parents=True, exist_ok=True)
     chains = plan(list(PARTS), 5, list(SCHEDULES))  # the report is of all there is
     summary = report(chains)
-    (DOCS / "results.json").write_text(json.dumps({"command": "python experiments/compare.py", **summary}, indent=1))
+    results = {"command": "python experiments/compare.py", **rounded(summary)}
+    (DOCS / "results.json").write_text(json.dumps(results, indent=1))
     print(tables(summary))
     figures(summary)
 

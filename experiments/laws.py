@@ -5,8 +5,8 @@
 
 Needs the source models of experiments/compare.py. `record` runs the prune and continue stages of seed 0 at the skewed
 mixture and of seed 1 at the source's own, and at each evaluation writes down the loss of each validation window for
-the weights as they are and for an exponential moving average of them (over 5 % of the run). The other
-histories are those that experiments/compare.py has left.
+the weights as they are and for an exponential moving average of them (over 5 % of the run). The other histories are
+those of `constant` and `full` that experiments/compare.py has left.
 """
 
 import argparse
@@ -27,11 +27,14 @@ from scipy.special import huber, logsumexp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
+from compare import OFF, SKEW, STAGES, rounded  # noqa: E402
+
 from plot import read_metrics  # noqa: E402
 from scaling_law import FitError, fit_together, powers, solve  # noqa: E402
 from train import lr_scale  # noqa: E402
 
-OUT = Path("out/laws")
+OUT, COMPARE = Path("out/laws"), Path("out/compare")
+PARTS = ("skew", "own", "long", "languages")  # of experiments/compare.py: where both stages are
 SHARES = (0.25, 0.5, 0.75)
 ANNEALING_MEMORY = 0.99
 HORIZONS = {"ema": 0.05}  # of the moving averages of the weights, in shares of the run
@@ -88,8 +91,6 @@ def watch(name: str, *command: str) -> None:
 
 def record(part: str, seed: int) -> None:
     """One prune and one continue run under `constant`."""
-    from compare import OFF, SKEW, STAGES
-    from compare import OUT as COMPARE
 
     source = before = COMPARE / "source" / str(seed)
     domains = json.loads((source / "metrics.jsonl").read_text().split("\n")[0])["domains"]
@@ -163,7 +164,8 @@ def published(h: History, end: History) -> np.ndarray:
     """Eq. 4 as the published code fits it: unscaled tokens, L-BFGS from 36 starts, Huber loss of log loss."""
     found = []
     for i in range(h.losses.shape[1]):
-        t, p, y = np.log(h.tokens[:, i]), np.log(h.params), np.log(h.losses[:, i])
+        on = h.tokens[:, i] > 0
+        t, p, y = np.log(h.tokens[on, i]), np.log(h.params[on]), np.log(h.losses[on, i])
 
         def parts(x, t, p):
             return np.stack([x[0] - x[1] * p - x[2] * t, np.full_like(t, x[3])])
@@ -207,9 +209,10 @@ def fitted(one_by_one=False, rates=False, area=False, carried=False):
 def carry_over(h: History, end: History) -> np.ndarray:
     """Exponents and B as fitted to the whole stage before, A and E to this one."""
     old = next(iter(fit_together(h.before.tokens, h.before.losses, h.before.params, h.before.rate)))
-    x = powers(np.zeros(1), np.array([old.beta]), np.log(h.tokens / h.tokens[-1]), np.zeros(len(h.tokens)))
+    log_t = np.log(np.maximum(h.tokens, 1) / h.tokens[-1])
+    x = powers(np.zeros(1), np.array([old.beta]), log_t, np.zeros(len(log_t)))
     y = h.losses - old.B * h.rate[:, None]
-    A, _, E, _ = (v[0] for v in solve(x, np.zeros(len(y)), y, np.ones_like(y)))
+    A, _, E, _ = (v[0] for v in solve(x, np.zeros(len(y)), y, (h.tokens > 0).astype(float)))
     return A * (end.tokens[-1] / h.tokens[-1]) ** -old.beta + E + old.B * end.rate[-1]
 
 
@@ -261,8 +264,8 @@ def histories() -> list[tuple[str, History]]:
             windows = np.array([list(row[key].values()) for row in rows])  # (n, d, windows)
             for n in (16, WINDOWS):
                 found.append((f"{key}, {n} windows", replace(usual, losses=windows[..., :: WINDOWS // n].mean(-1))))
-    for path in sorted(Path("out/compare").glob("*/*_[0-9]")):
-        if (path / "eval.json").exists() and path.parent.name != "ablation":
+    for path in sorted(p for part in PARTS for s in ("constant", "full") for p in (COMPARE / part).glob(f"{s}_[0-9]")):
+        if (path / "eval.json").exists():
             prune = history(path / "prune")
             found.append((path.parent.name, prune))
             found.append((path.parent.name, replace(history(path / "continue"), before=prune.until(1))))
@@ -301,7 +304,7 @@ def main():
             cells = (f"{x['error']:.3f} ({x['of differences']:.3f})" for x in row.values())
             print(f"{name:40}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
     Path("docs/compare").mkdir(exist_ok=True)
-    Path("docs/compare/laws.json").write_text(json.dumps(results, indent=1))
+    Path("docs/compare/laws.json").write_text(json.dumps(rounded(results), indent=1))
 
 
 if __name__ == "__main__":
