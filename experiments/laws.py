@@ -91,7 +91,6 @@ def watch(name: str, *command: str) -> None:
 
 def record(part: str, seed: int) -> None:
     """One prune and one continue run under `constant`."""
-
     source = before = COMPARE / "source" / str(seed)
     domains = json.loads((source / "metrics.jsonl").read_text().split("\n")[0])["domains"]
     for stage in STAGES:

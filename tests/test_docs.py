@@ -50,7 +50,9 @@ def test_every_command_parses(name, command):
             given = {a.partition("=")[0] for a in args if a.startswith("--")}
             assert given <= options_of(script) | {"--help"}
     else:
-        assert words[0] in ("git", "cd", "pip", "for", "done", "lm_eval"), f"{name}: how is this checked? {command}"
+        assert words[0] in ("git", "cd", "pip", "for", "done", "lm_eval", "apt-get", "dpkg"), (
+            f"{name}: how is this checked? {command}"
+        )
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -66,6 +68,20 @@ def test_what_is_named_exists(name):
             body = tree.body
             tree = next((n for n in body if getattr(n, "name", None) == part), None)
             assert tree is not None, f"{script} has no {function}"
+
+
+def test_the_comparison_in_the_readme_is_what_was_measured():
+    results = json.loads((ROOT / "docs/compare/results.json").read_text())["skew"]
+    for first, schedule in (
+        ("`constant`", "constant"),
+        ("`sheared`", "sheared"),
+        ("`dro`", "dro"),
+        ("the full", "full"),
+    ):
+        (row,) = re.findall(rf"^\| {first}.*$", TEXT["README.md"], re.M)
+        shown = [float(x) for x in re.findall(r"(?<![\d])\.\d{3}", row)]
+        measured = [results[schedule][f"{key} degradation"][x] for key in ("average", "worst") for x in ("mean", "sd")]
+        assert shown == pytest.approx(measured, abs=6e-4) and len(results[schedule]["seeds"]) == 5
 
 
 def test_each_equation_stands_where_the_table_says():
