@@ -8,11 +8,11 @@ From one source model a seed (config/toy_pretrain.py; the seed is of the source,
 pruning stage and the toy continue stage run under each schedule, everything else equal:
 
     constant, sheared, dro            the references are the source's own validation losses, measured beforehand
-    full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large
-    full, predicted only              both, with no references given: the prediction is all there is
     dro + reference, dro + ratio      one of DRPruning's additions each
     full                              both: DRPruning, with the scaling law that knows the learning rate
     full, paper's law                 both, with eq. 4 as the paper has it
+    full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large
+    full, predicted only              both, with no references given: the prediction is all there is
     uniform                           constant, at equal shares
     mean                              constant, at the mean mixture that `dro` drew in the same stage and seed
 
