@@ -334,10 +334,10 @@ def report(chains: list[Chain]) -> dict:
 
 
 def rounded(x):
-    """The same with numbers to four digits after the point, p values to two significant ones."""
+    """The same with numbers to five digits after the point, p values to two significant ones."""
     if isinstance(x, dict):
         return {k: float(f"{v:.2g}") if k == "p" else rounded(v) for k, v in x.items()}
-    return [rounded(v) for v in x] if isinstance(x, list) else round(x, 4) if isinstance(x, float) else x
+    return [rounded(v) for v in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
 
 
 def accuracy(answers: dict, domain: str) -> float:
@@ -382,12 +382,12 @@ def tables(summary: dict) -> str:
 
 
 TITLES = {
-    "skew": "skewed mixture",
-    "recovery": "skewed, the same pruned model",
+    "skew": "skewed",
+    "recovery": "skewed, one pruned model",
     "own": "the source's mixture",
-    "recovery_own": "the source's, the same pruned model",
+    "recovery_own": "the source's, one pruned model",
     "long": "skewed, three times as long",
-    "languages": "seven languages, mostly English",
+    "languages": "languages, mostly English",
 }
 
 
@@ -395,30 +395,37 @@ def figures(summary: dict) -> None:
     """compare.png: what each schedule wins on `constant`, seed by seed, a column a part; ablation.png."""
     import matplotlib
 
-    parts = [part for part in TITLES if "constant" in summary.get(part, {})]
+    rows = {
+        part: {s: summary[part][s] for s in reversed(SCHEDULES) if s in summary[part] and s != "constant"}
+        for part in TITLES
+        if "constant" in summary.get(part, {})
+    }
+    rows = {part: labels for part, labels in rows.items() if labels}
     with matplotlib.rc_context(STYLE):
-        if parts:
-            fig, axes = new_figure(2, len(parts), height=9)
-            for column, part in zip(axes.T, parts):
+        if rows:
+            sizes = [len(labels) + 2 for labels in rows.values()]
+            fig, axes = new_figure(len(rows), 2, height=0.45 * sum(sizes), height_ratios=sizes)
+            for line, (part, labels) in zip(axes, rows.items()):
                 base = summary[part]["constant"]
-                rows = {s: summary[part][s] for s in reversed(SCHEDULES) if s in summary[part] and s != "constant"}
-                for ax, key in zip(column, ("worst degradation", "average degradation")):
-                    for y, (label, row) in enumerate(rows.items()):
-                        start = dict(zip(base["seeds"], base[key]["values"]))
+                for ax, key in zip(line, ("worst degradation", "average degradation")):
+                    start = dict(zip(base["seeds"], base[key]["values"]))
+                    for y, (label, row) in enumerate(labels.items()):
                         won = [v - start[s] for s, v in zip(row["seeds"], row[key]["values"]) if s in start]
                         color = COLORS[1] if label.startswith("full") else COLORS[0]
                         ax.plot(won, [y] * len(won), "o", color=color, alpha=0.4, markersize=6)
-                        ax.plot(np.mean(won), y, "|", color=color, markersize=22, markeredgewidth=4)
+                        ax.plot(np.mean(won), y, "|", color=color, markersize=16, markeredgewidth=4)
                     ax.axvline(0, color="black", linewidth=1)
-                    ax.set_yticks(range(len(rows)), rows if ax in axes[:, 0] or len(rows) < 9 else [], fontsize=11)
-                    ax.set_ylim(-0.6, len(rows) - 0.4)
+                    ax.set_yticks(range(len(labels)), labels if ax is line[0] else [], fontsize=12)
+                    ax.set_ylim(-0.6, len(labels) - 0.4)
                     ax.tick_params(axis="x", labelsize=11)
-                    ax.set_xlabel(f"{key}\nless constant's (nats a token)", fontsize=12)
+                    ax.set_title(f"{TITLES[part]}: {key.split()[0]}", fontsize=13)
+                    ax.locator_params(axis="x", nbins=6)
                     ax.grid(axis="x", color="#e4e4e4")
-                column[0].set_title(f"{TITLES[part]}, {len(base['seeds'])} seeds", fontsize=13)
+            for ax in axes[-1]:
+                ax.set_xlabel("degradation less that of `constant` (nats a token)", fontsize=12)
             fig.savefig(DOCS / "compare.png")
         if "ablation" in summary:
-            fig, axes = new_figure(1, len(ABLATIONS))
+            fig, axes = new_figure(1, len(ABLATIONS), height=4.5, sharey=True)
             base = summary.get("recovery", {}).get("full")
             for ax, (key, values) in zip(axes[0], ABLATIONS.items()):
                 points = {v: summary["ablation"].get(f"{key} {v}") for v in values}
@@ -428,9 +435,9 @@ def figures(summary: dict) -> None:
                     ax.plot(range(len(xs)), [points[x][c]["values"][0] for x in xs], "os"[i] + "-", color=COLORS[i],
                             label=c)  # fmt: skip
                 ax.set_xticks(range(len(points)), [str(x) for x in sorted(points)], fontsize=10)
-                ax.set_title(key)
-            axes[0][0].set_ylabel("nats a token")
-            axes[0][0].legend(fontsize=11)
+                ax.set_title(key, fontsize=13)
+            axes[0][0].set_ylabel("degradation (nats a token)", fontsize=12)
+            fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=12)
             fig.savefig(DOCS / "ablation.png")
 
 
@@ -480,7 +487,8 @@ def main():
     chains = plan(list(PARTS), 5, list(SCHEDULES))  # the report is of all there is
     summary = report(chains)
     results = {"command": "python experiments/compare.py", **rounded(summary)}
-    (DOCS / "results.json").write_text(json.dumps(results, indent=1))
+    text = re.sub(r"\n {4,}|\n {3}(?=[}\]])", " ", json.dumps(results, indent=1))  # a line a measure
+    (DOCS / "results.json").write_text(text + "\n")
     print(tables(summary))
     figures(summary)
 
