@@ -94,7 +94,7 @@ def fit_together(tokens, losses, params=None, rates=None) -> list[ScalingLaw | F
         return laws
     tokens, losses = tokens[:, fitted], losses[:, fitted]
     seen = (tokens > 0).astype(np.float64)
-    log_t, log_p = np.log(np.where(tokens > 0, tokens, 1.0) / tokens[-1]), np.log(params / params[-1])
+    log_t, log_p = np.log(np.where(tokens > 0, tokens / tokens[-1], 1.0)), np.log(params / params[-1])
     vary = bool(np.ptp(log_p) > 1e-6)
 
     # the grid, re-weighted after each pass so that an outlier loses its pull (Huber's weights)
@@ -161,9 +161,8 @@ def solve(x, rates, losses, weight):
     dx = x - mean(x)[:, None]
     variance = np.maximum(mean(dx * dx), 1e-300)
     B = np.zeros(len(x))
-    if (
-        np.ptp(rates) > 0
-    ):  # all domains together: what x does not explain of the losses, on what it does not of the rate
+    if np.ptp(rates) > 0:
+        # all domains together: what x does not explain of the losses, on what it does not explain of the rate
         centred = rates[:, None] - rates @ w
         rest = centred - dx * (mean(dx * centred) / variance)[:, None]
         B = np.einsum("mnd,nd->m", rest, weight * losses) / (np.einsum("mnd,nd->m", rest * rest, weight) + RIDGE)

@@ -52,24 +52,22 @@ sys.path.insert(0, str(ROOT))
 from data import TokenData  # noqa: E402
 from dro import dro_weights  # noqa: E402
 from plot import COLORS, STYLE, new_figure, read_metrics  # noqa: E402
+from settings import load  # noqa: E402
+from train import Settings  # noqa: E402
 
 OUT, DOCS = Path("out/compare"), Path("docs/compare")
+DRO, FULL = ["--schedule=dro"], ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True"]
 SCHEDULES = {
     "constant": ["--schedule=constant"],
     "sheared": ["--schedule=sheared"],
-    "dro": ["--schedule=dro"],
-    "full": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True"],
-    "full, paper's law": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True", "--law=paper"],
-    "full, rho 0.5": ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True", "--rho=0.5"],
-    "dro, rho 0.5": ["--schedule=dro", "--rho=0.5"],
-    "full, predicted only": [
-        "--schedule=dro",
-        "--dynamic_reference=True",
-        "--dynamic_ratio=True",
-        "--reference_model=",
-    ],
-    "dro + reference": ["--schedule=dro", "--dynamic_reference=True"],
-    "dro + ratio": ["--schedule=dro", "--dynamic_ratio=True"],
+    "dro": DRO,
+    "full": FULL,
+    "full, paper's law": [*FULL, "--law=paper"],
+    "full, rho 0.5": [*FULL, "--rho=0.5"],
+    "dro, rho 0.5": [*DRO, "--rho=0.5"],
+    "full, predicted only": [*FULL, "--reference_model="],
+    "dro + reference": [*DRO, "--dynamic_reference=True"],
+    "dro + ratio": [*DRO, "--dynamic_ratio=True"],
     "uniform": ["--schedule=constant"],
     "mean": ["--schedule=constant"],
 }
@@ -83,11 +81,10 @@ ABLATIONS = {
     "eval_interval": [6, 24, 48],
     "eval_sequences": [4, 64],
 }
-DEFAULTS = {"rho": 0.1, "delta": 0.1, "floor": 0.2, "eval_interval": 12, "eval_sequences": 16}
 EIGHT = ["constant", "sheared", "dro", "full", "dro + reference", "dro + ratio", "uniform", "mean"]
 FOUR = ["constant", "sheared", "dro", "full"]
 RHOS = [0.05, 0.1, 0.5, 1.0]  # of the worst mixtures that results are judged by
-STAGES = {"prune": 400, "continue": 300}  # steps
+STAGES = ("prune", "continue")
 
 
 @dataclass(frozen=True)
@@ -172,13 +169,18 @@ def call(*command: object) -> None:
         subprocess.run([sys.executable, *map(str, command)], env=one, check=True, stdout=log, stderr=log)
 
 
+def lengths(stage: str, factor: float) -> dict[str, int]:
+    """What a toy config counts in steps, times a factor."""
+    settings, keys = load(Settings, [f"config/toy_{stage}.py"]), ("steps", "warmup", "sparsity_warmup", "eval_interval")
+    return {key: max(1, round(getattr(settings, key) * factor)) for key in keys}
+
+
 def train_source(path: Path, seed: int, data: str, scale: float) -> None:
     """Train the source model of a seed, and evaluate it."""
-    steps = round(1200 * scale)
     if not (path / "model").exists():
         call(
             "train.py", "config/toy_pretrain.py", f"--seed={seed}", f"--out={path}", "--threads=1",
-            f"--data={data}", f"--steps={steps}", f"--warmup={steps // 10}",
+            f"--data={data}", *(f"--{key}={value}" for key, value in lengths("pretrain", scale).items()),
         )  # fmt: skip
     if not (path / "eval.json").exists():
         evaluate(path, data, path)
@@ -193,7 +195,7 @@ def run(chain: Chain, scale: float) -> None:
     """Prune and continue under the chain's schedule, and evaluate both on the test split."""
     part, before = PARTS[chain.part], chain.source
     domains = read_metrics(chain.source).info["domains"]
-    for out, (stage, steps) in zip(chain.models, STAGES.items()):
+    for out, stage in zip(chain.models, STAGES):
         start, before = before, out
         if (out / "model").exists():
             continue
@@ -204,12 +206,7 @@ def run(chain: Chain, scale: float) -> None:
             mixture = read_metrics(replace(chain, schedule="dro").path / stage).evals[-1]["domain_tokens"]
         if isinstance(mixture, list):
             mixture = dict(zip(domains, mixture))
-        lengths = {"steps": steps, "warmup": {"prune": 40, "continue": 9}[stage]}
-        lengths["eval_interval"] = {"prune": 16, "continue": 12}[stage]
-        if stage == "prune":
-            lengths["sparsity_warmup"] = 240
-        lengths = {key: max(1, round(value * part.length * scale)) for key, value in lengths.items()}
-        settings = lengths | (dict([chain.setting]) if chain.setting else {})
+        settings = lengths(stage, part.length * scale) | (dict([chain.setting]) if chain.setting else {})
         call(
             "train.py", f"config/toy_{stage}.py", f"--out={out}", f"--init_from={start}", f"--seed={chain.seed}",
             f"--reference_model={chain.source}", "--threads=1", "--log_interval=20", f"--data={part.data}",
@@ -325,7 +322,9 @@ def report(chains: list[Chain]) -> dict:
         if answers:
             summary[part]["answers"] = {
                 schedule: {
-                    d: [float(np.mean([f(a[i], d) for a in answers])) for f in (accuracy, error)]
+                    d: [
+                        float(np.mean([asked(a[i], d)[key] for a in answers])) for key in ("accuracy", "standard_error")
+                    ]
                     for d in [*answers[0][i]["domains"], "average"]
                 }
                 for i, schedule in enumerate(("constant", "sheared", "full"))
@@ -340,14 +339,9 @@ def rounded(x):
     return [rounded(v) for v in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
 
 
-def accuracy(answers: dict, domain: str) -> float:
-    """Share of a domain's questions, or of all, that a model answered as it is."""
-    return (answers["domains"].get(domain) or answers[domain])["accuracy"]
-
-
-def error(answers: dict, domain: str) -> float:
-    """Its binomial standard error."""
-    return (answers["domains"].get(domain) or answers[domain])["standard_error"]
+def asked(answers: dict, domain: str) -> dict[str, float]:
+    """Accuracy and standard error of a model in a domain, or on "average"."""
+    return answers["domains"].get(domain) or answers[domain]
 
 
 COLUMNS = ["average degradation", "worst degradation", "sd of degradation", "average bits per byte"]
@@ -392,7 +386,7 @@ TITLES = {
 
 
 def figures(summary: dict) -> None:
-    """compare.png: what each schedule wins on `constant`, seed by seed, a column a part; ablation.png."""
+    """compare.png: what each schedule wins on `constant`, seed by seed, a row a part; ablation.png."""
     import matplotlib
 
     rows = {
@@ -426,10 +420,10 @@ def figures(summary: dict) -> None:
             fig.savefig(DOCS / "compare.png")
         if "ablation" in summary:
             fig, axes = new_figure(1, len(ABLATIONS), height=4.5, sharey=True)
-            base = summary.get("recovery", {}).get("full")
+            base, default = summary.get("recovery", {}).get("full"), load(Settings, ["config/toy_continue.py"])
             for ax, (key, values) in zip(axes[0], ABLATIONS.items()):
                 points = {v: summary["ablation"].get(f"{key} {v}") for v in values}
-                points = {v: row for v, row in points.items() if row} | ({DEFAULTS[key]: base} if base else {})
+                points = {v: row for v, row in points.items() if row} | ({getattr(default, key): base} if base else {})
                 for i, c in enumerate(("worst degradation", "average degradation")):
                     xs = sorted(points)
                     ax.plot(range(len(xs)), [points[x][c]["values"][0] for x in xs], "os"[i] + "-", color=COLORS[i],

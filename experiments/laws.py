@@ -6,7 +6,8 @@
 Needs the source models of experiments/compare.py. `record` runs the prune and continue stages of seed 0 at the skewed
 mixture and of seed 1 at the source's own, and at each evaluation writes down the loss of each validation window for
 the weights as they are and for an exponential moving average of them (over 5 % of the run). The other histories are
-those of `constant` and `full` that experiments/compare.py has left.
+those of `constant` and `full` that experiments/compare.py has left. Every law is told how many tokens of each domain
+the run will have seen at its end: what is judged is the law, not the guess of the mixture.
 """
 
 import argparse
@@ -207,8 +208,9 @@ def fitted(one_by_one=False, rates=False, area=False, carried=False):
 
 def carry_over(h: History, end: History) -> np.ndarray:
     """Exponents and B as fitted to the whole stage before, A and E to this one."""
-    old = next(iter(fit_together(h.before.tokens, h.before.losses, h.before.params, h.before.rate)))
-    log_t = np.log(np.maximum(h.tokens, 1) / h.tokens[-1])
+    laws = fit_together(h.before.tokens, h.before.losses, h.before.params, h.before.rate)
+    old = next(law for law in laws if not isinstance(law, FitError))
+    log_t = np.log(np.where(h.tokens > 0, h.tokens / h.tokens[-1], 1.0))
     x = powers(np.zeros(1), np.array([old.beta]), log_t, np.zeros(len(log_t)))
     y = h.losses - old.B * h.rate[:, None]
     A, _, E, _ = (v[0] for v in solve(x, np.zeros(len(y)), y, (h.tokens > 0).astype(float)))
