@@ -315,8 +315,9 @@ def report(chains: list[Chain]) -> dict:
                     "mean": float(np.mean(known)) if known else None,
                     "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
                 }
-                for other in {"constant", "sheared", "dro"} & rows.keys() - {label}:
-                    entry[key][f"minus {other}"] = compared(seeds, rows[other], key)
+                for other in ("constant", "sheared", "dro"):
+                    if other in rows and other != label:
+                        entry[key][f"minus {other}"] = compared(seeds, rows[other], key)
         answers = [OUT / part / f"answers_{seed}.json" for seed in range(PARTS[part].seeds)]
         answers = [list(json.loads(a.read_text())["models"].values()) for a in answers if a.exists()]
         if answers:
