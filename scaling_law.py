@@ -102,7 +102,7 @@ def fit_together(tokens, losses, params=None, rates=None) -> list[ScalingLaw | F
     x, weight = powers(alpha, beta, log_t, log_p), seen
     for _ in range(4):
         A, B, E, cost = solve(x, rates, losses, weight)
-        best = cost.sum(-1).argmin()
+        best = (cost.sum(-1) + RIDGE * B**2).argmin()
         residual = np.abs(losses - E[best] - A[best] * x[best] - B[best] * rates[:, None])
         sigma = [max(1.4826 * np.median(r[s > 0]), 1e-9) for r, s in zip(residual.T, seen.T)]
         weight = seen * np.minimum(1.0, HUBER * np.array(sigma) / np.maximum(residual, 1e-12))
@@ -117,7 +117,12 @@ def fit_together(tokens, losses, params=None, rates=None) -> list[ScalingLaw | F
     start = np.array([np.log(beta[best])] + [np.log(max(alpha[best], 1e-3))] * vary)
     simplex = np.vstack([start, start + 0.1 * np.eye(len(start))])
     options = {"initial_simplex": simplex, "xatol": 1e-9, "fatol": 1e-18, "maxfev": 120}
-    found = minimize(lambda at: solve_at(at)[-1].sum(), start, method="Nelder-Mead", bounds=bounds, options=options).x
+
+    def objective(log_exponents):
+        *_, B, _, cost = solve_at(log_exponents)
+        return cost.sum() + RIDGE * B**2
+
+    found = minimize(objective, start, method="Nelder-Mead", bounds=bounds, options=options).x
     alpha, beta, A, B, E, cost = solve_at(found)
 
     flat = (weight * (losses - np.sum(weight * losses, 0) / weight.sum(0)) ** 2).sum(0)

@@ -345,37 +345,13 @@ def asked(answers: dict, domain: str) -> dict[str, float]:
     return answers["domains"].get(domain) or answers[domain]
 
 
+TABLES = """# The comparison in full
+
+By `python experiments/compare.py --report`. Degradation is the test loss above the source's, nats a token: mean ±
+standard deviation over seeds. Differences are paired by seed, with the p of a paired t-test and the number of seeds in
+which the schedule is lower.
+"""
 COLUMNS = ["average degradation", "worst degradation", "sd of degradation", "average bits per byte"]
-
-
-def spread(entry: dict) -> str:
-    """Mean ± standard deviation."""
-    return f"{entry['mean']:.3f}" + (f" ± {entry['sd']:.3f}" if entry["sd"] else "")
-
-
-def tables(summary: dict) -> str:
-    """Markdown: for each part the main measures, and the paired differences in worst degradation."""
-    lines = []
-    for part, rows in summary.items():
-        head = [*COLUMNS, "worst − constant's", "worst − sheared's", "average − dro's"]
-        lines += ["", f"### {part}", "", f"| schedule | seeds | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
-        for label, row in rows.items():
-            if label == "answers":
-                continue
-            cells = [spread(row[c]) for c in COLUMNS]
-            for key, other in (("worst", "constant"), ("worst", "sheared"), ("average", "dro")):
-                pair = row[f"{key} degradation"].get(f"minus {other}")
-                cells.append(f"{pair['mean']:+.3f} (p {pair['p']:.2g}, {pair['lower in']})" if pair else "")
-            lines.append(f"| {label} | {len(row['seeds'])} | {' | '.join(cells)} |")
-        if answers := rows.get("answers"):
-            domains = list(answers["constant"])
-            lines += ["", f"| true continuations, % | {' | '.join(domains)} |", "|---" * (len(domains) + 1) + "|"]
-            for schedule, row in answers.items():
-                cells = [f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in row.values()]
-                lines.append(f"| {schedule} | {' | '.join(cells)} |")
-    return "\n".join(lines[1:])
-
-
 TITLES = {
     "skew": "skewed",
     "recovery": "skewed, one pruned model",
@@ -384,6 +360,69 @@ TITLES = {
     "long": "skewed, three times as long",
     "languages": "languages, mostly English",
 }
+
+
+def three(x: float) -> str:
+    """Three digits after the point, and no zero before it."""
+    return f"{x:.3f}".replace("0.", ".").replace("-", "−")
+
+
+def spread(entry: dict) -> str:
+    """Mean ± standard deviation."""
+    return three(entry["mean"]) + (f" ± {three(entry['sd'])}" if entry["sd"] else "")
+
+
+def overview(summary: dict) -> str:
+    """Markdown: average / worst degradation of each schedule in each part; bold where it beats `sheared`'s."""
+    parts = [part for part in TITLES if len(summary.get(part, {})) > 1]
+    lines = ["| |" + "".join(f" {TITLES[part]} |" for part in parts), "|---" * (len(parts) + 1) + "|"]
+    for schedule in SCHEDULES:
+        cells = []
+        for part in parts:
+            row = summary[part].get(schedule)
+            if row is None:
+                cells.append("")
+                continue
+            values = []
+            for key in ("average degradation", "worst degradation"):
+                pair, text = row[key].get("minus sheared"), three(row[key]["mean"])
+                always = pair and pair["lower in"] == "{0} of {0}".format(len(row["seeds"]))
+                values.append(f"**{text}**" if always else text)
+            cells.append(f"{' / '.join(values)} ({len(row['seeds'])})")
+        if any(cells):
+            lines.append(f"| {schedule} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def answers_table(answers: dict) -> str:
+    """Markdown: accuracy of two-choice continuations in %, ± the binomial standard error of one model."""
+    domains = list(answers["constant"])
+    lines = [f"| | {' | '.join(domains)} |", "|---" * (len(domains) + 1) + "|"]
+    for schedule, row in answers.items():
+        cells = [f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in row.values()]
+        lines.append(f"| {schedule} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables(summary: dict) -> str:
+    """Markdown: for each part the main measures, and paired differences to `constant`, `sheared` and `dro`."""
+    lines = []
+    for part, rows in summary.items():
+        head = [*COLUMNS, "worst − constant's", "worst − sheared's", "average − dro's"]
+        lines += ["", f"## {part}: {TITLES.get(part, 'one setting of the full method at a time')}", ""]
+        lines += [f"| schedule | seeds | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
+        for label, row in rows.items():
+            if label == "answers":
+                continue
+            cells = [spread(row[c]) for c in COLUMNS]
+            for key, other in (("worst", "constant"), ("worst", "sheared"), ("average", "dro")):
+                pair = row[f"{key} degradation"].get(f"minus {other}")
+                sign = "+" if pair and pair["mean"] > 0 else ""
+                cells.append(f"{sign}{three(pair['mean'])} (p {pair['p']:.2g}, {pair['lower in']})" if pair else "")
+            lines.append(f"| {label} | {len(row['seeds'])} | {' | '.join(cells)} |")
+        if answers := rows.get("answers"):
+            lines += ["", "True continuations, %:", "", answers_table(answers)]
+    return "\n".join(lines[1:])
 
 
 def figures(summary: dict) -> None:
@@ -480,11 +519,12 @@ def main():
             list(pool.map(lambda c: ask(c.part, c.seed), [c for c in chains if c.schedule == "full" and not c.setting]))
     DOCS.mkdir(parents=True, exist_ok=True)
     chains = plan(list(PARTS), 5, list(SCHEDULES))  # the report is of all there is
-    summary = report(chains)
-    results = {"command": "python experiments/compare.py", **rounded(summary)}
+    summary = rounded(report(chains))
+    results = {"command": "python experiments/compare.py", **summary}
     text = re.sub(r"\n {4,}|\n {3}(?=[}\]])", " ", json.dumps(results, indent=1))  # a line a measure
     (DOCS / "results.json").write_text(text + "\n")
-    print(tables(summary))
+    (DOCS / "tables.md").write_text(f"{TABLES}\n{tables(summary)}\n")
+    print(overview(summary))
     figures(summary)
 
 

@@ -1,5 +1,6 @@
 """experiments/: every chain is planned once, differences are paired as scipy pairs them, languages come through."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,13 @@ def test_differences_are_paired_by_seed():
     assert found["mean"] == pytest.approx((mine - other)[:4].mean())
     assert found["lower in"] == f"{sum(mine[:4] < other[:4])} of 4"
     assert compare.compared({0: {"x": 1.0}}, {0: {"x": 2.0}}, "x") is None
+
+
+def test_the_tables_in_the_docs_are_what_was_measured():
+    results = json.loads((ROOT / "docs/compare/results.json").read_text())
+    text = (ROOT / "docs/comparison.md").read_text()
+    assert compare.overview({part: rows for part, rows in results.items() if part != "command"}) in text
+    assert compare.answers_table(results["skew"]["answers"]) in text
 
 
 def test_a_law_sees_only_what_was_known():
