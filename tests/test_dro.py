@@ -197,7 +197,7 @@ def test_the_falling_rate_is_foreseen():
         rate = 0.5 + 0.5 * np.cos(np.pi * k / 60)
         losses = [2 + 0.2 * rate + 0.1 * k**-0.5, 1 + 0.2 * rate + 0.2 * k**-0.5]
         mixture.update(k / 60, losses, [k, k], 1e6, [60, 60], 1e6, rate, 0.0)
-    assert mixture.state["reference"] == pytest.approx([2 + 0.1 * 60**-0.5, 1 + 0.2 * 60**-0.5], abs=0.01)
+    assert mixture.state["reference"] == pytest.approx([2 + 0.1 * 60**-0.5, 1 + 0.2 * 60**-0.5], abs=0.02)
 
 
 def test_a_domain_that_cannot_be_predicted_says_so_and_the_others_go_on():
