@@ -83,15 +83,18 @@ def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: st
 def read_questions(file: Path) -> list[Question]:
     """The questions of a .jsonl file. ValueError names the line that is none."""
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            found.append(Question(row["question"], row["choice1"], row["choice2"], int(row["label"])))
-            if not (all(isinstance(text, str) for text in found[-1][:3]) and found[-1].choice1 and found[-1].choice2):
-                raise ValueError("question and choices must be text, and no choice empty")
-        except (ValueError, KeyError, TypeError) as error:
+            found.append(Question(row["question"], row["choice1"], row["choice2"], row["label"]))
+            if not all(isinstance(text, str) for text in found[-1][:3]) or type(found[-1].label) is not int:
+                raise ValueError("question and choices must be text, the label a whole number")
+            if not (found[-1].choice1 and found[-1].choice2):
+                raise ValueError("no choice may be empty")
+            "".join(found[-1][:3]).encode()  # half a surrogate pair is no text
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}:{number}: not a question ({error})") from None
     labels = {q.label for q in found}
     if not found or not (labels <= {0, 1} or labels <= {1, 2}):

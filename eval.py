@@ -217,6 +217,8 @@ def table(results: dict) -> str:
 def ask(data: TokenData, tokenizer, args) -> dict[str, list[Question]]:
     """The questions of each domain: made from the text, or read from files."""
     if args.questions:
+        if len({Path(file).stem for file in args.questions}) < len(args.questions):
+            raise ValueError("--questions: two files of one name would be one domain")
         questions = {Path(file).stem: read_questions(Path(file)) for file in args.questions}
     else:
         n, split = args.sequences or QUESTIONS_A_DOMAIN, args.split

@@ -3,6 +3,7 @@
     python experiments/compare.py                    # everything, in order of importance: seven hours, two cores
     python experiments/compare.py --seeds 2 --parts skew --jobs 2
     python experiments/compare.py --report           # tables and figures of what is done so far
+    python experiments/compare.py --data data/mine --ratio "{'code': .8, 'prose': .1, 'mail': .1}" --seeds 3
 
 From one source model a seed (config/toy_pretrain.py; the seed is of the source, the gates and the data order), the toy
 pruning stage and the toy continue stage run under each schedule, everything else equal:
@@ -12,6 +13,7 @@ pruning stage and the toy continue stage run under each schedule, everything els
     full                              both: DRPruning, with the scaling law that knows the learning rate
     full, paper's law                 both, with eq. 4 as the paper has it
     full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large
+    sheared, step 2                   twice the step size
     full, predicted only              both, with no references given: the prediction is all there is
     uniform                           constant, at equal shares
     mean                              constant, at the mean mixture that `dro` drew in the same stage and seed
@@ -28,7 +30,9 @@ Parts, in this order:
 
 All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. Afterwards the
 two-choice questions of continuation.py are put to some of the models. What is done is skipped, so an interrupted call
-goes on; two runs on one thread each go side by side.
+goes on (after a change of the configs or of the data, remove out/compare first); two runs on one thread each go side
+by side. The report goes to docs/compare/; that of a trial (--scale) or of other data, with `constant`, `sheared`, `dro`
+and `full` only, to a folder of its own beside out/compare.
 """
 
 import argparse
@@ -39,7 +43,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,14 +56,15 @@ sys.path.insert(0, str(ROOT))
 from data import TokenData  # noqa: E402
 from dro import dro_weights  # noqa: E402
 from plot import COLORS, STYLE, new_figure, read_metrics  # noqa: E402
-from settings import load  # noqa: E402
+from settings import Parser, load, user_errors  # noqa: E402
 from train import Settings  # noqa: E402
 
-OUT, DOCS = Path("out/compare"), Path("docs/compare")
+OUT, DOCS = Path("out/compare"), Path("docs/compare")  # other folders for a trial or other data, see `main`
 DRO, FULL = ["--schedule=dro"], ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True"]
 SCHEDULES = {
     "constant": ["--schedule=constant"],
     "sheared": ["--schedule=sheared"],
+    "sheared, step 2": ["--schedule=sheared", "--step_size=2"],
     "dro": DRO,
     "full": FULL,
     "full, paper's law": [*FULL, "--law=paper"],
@@ -83,6 +88,7 @@ ABLATIONS = {
 }
 EIGHT = ["constant", "sheared", "dro", "full", "dro + reference", "dro + ratio", "uniform", "mean"]
 FOUR = ["constant", "sheared", "dro", "full"]
+ASKED = ["constant", "sheared", "full"]  # the two-choice questions
 RHOS = [0.05, 0.1, 0.5, 1.0]  # of the worst mixtures that results are judged by
 STAGES = ("prune", "continue")
 
@@ -127,7 +133,9 @@ class Chain:
 
     @property
     def path(self) -> Path:
-        """Its directory."""
+        """Its directory. `constant` after `constant` has pruned is `constant` all along."""
+        if self.base and self.schedule == "constant":
+            return self.base.path
         return OUT / self.part / re.sub("[^a-z0-9.]+", "_", f"{self.label}_{self.seed}")
 
     @property
@@ -155,6 +163,7 @@ class Chain:
 def plan(parts: list[str], seeds: int, schedules: list[str]) -> list[Chain]:
     """All chains, in order of importance."""
     chains = []
+    schedules = schedules + ["dro"] * ("mean" in schedules)  # whose mean mixture it is
     for part in parts:
         settings = [(key, value) for key in ABLATIONS for value in ABLATIONS[key]] if part == "ablation" else [None]
         for seed in range(min(seeds, PARTS[part].seeds)):
@@ -166,7 +175,9 @@ def call(*command: object) -> None:
     """One of the project's commands on one thread; its output goes to the end of a log."""
     one = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(OUT / "log.txt", "a") as log:
-        subprocess.run([sys.executable, *map(str, command)], env=one, check=True, stdout=log, stderr=log)
+        ended = subprocess.run([sys.executable, *map(str, command)], env=one, stdout=log, stderr=log).returncode
+    if ended:
+        raise OSError(f"`{' '.join(map(str, command))}` failed, see the end of {OUT / 'log.txt'}")
 
 
 def lengths(stage: str, factor: float) -> dict[str, int]:
@@ -205,7 +216,7 @@ def run(chain: Chain, scale: float) -> None:
         elif chain.schedule == "mean":
             mixture = read_metrics(replace(chain, schedule="dro").path / stage).evals[-1]["domain_tokens"]
         if isinstance(mixture, list):
-            mixture = dict(zip(domains, mixture))
+            mixture = dict(zip(domains, mixture, strict=True))
         settings = lengths(stage, part.length * scale) | (dict([chain.setting]) if chain.setting else {})
         call(
             "train.py", f"config/toy_{stage}.py", f"--out={out}", f"--init_from={start}", f"--seed={chain.seed}",
@@ -218,11 +229,11 @@ def run(chain: Chain, scale: float) -> None:
 
 def ask(part: str, seed: int) -> None:
     """Two-choice questions to the continued models of three schedules, in <part>/answers_<seed>.json."""
-    chains = [Chain(part, schedule, seed) for schedule in ("constant", "sheared", "full")]
-    answers = OUT / part / f"answers_{seed}.json"
-    if all(c.result.exists() for c in chains) and not answers.exists():
+    chains = [Chain(part, schedule, seed) for schedule in ASKED]
+    found = OUT / part / f"answers_{seed}.json"
+    if all(c.result.exists() for c in chains) and not found.exists():
         models = [c.path / "continue" for c in chains]
-        call("eval.py", *models, "--data", PARTS[part].data, "--continuation", "--json", answers)
+        call("eval.py", *models, "--data", PARTS[part].data, "--continuation", "--json", found)
 
 
 # -- what came of it ------------------------------------------------------------------------------------------------
@@ -263,9 +274,8 @@ def measures(chain: Chain) -> dict[str, float]:
 
 def recovery(chain: Chain) -> dict[str, float | None]:
     """Tokens of the continue stage until validation is as good as where `constant` ended; None if it never is."""
-    part = "recovery" if chain.part == "ablation" else chain.part
-    constant = Chain(part, "constant", chain.seed)
-    if not constant.result.exists():
+    constant = Chain(chain.part, "constant", chain.seed)
+    if chain.setting or not constant.result.exists():  # an ablation may change what validation is
         return {}
     reference = read_metrics(chain.source).end["loss"]
 
@@ -298,12 +308,10 @@ def compared(mine: dict, others: dict, key: str) -> dict | None:
 
 
 def report(chains: list[Chain]) -> dict:
-    """results.json: part -> schedule -> measure -> values, one a seed, and paired tests."""
+    """What is done, for results.json: part -> schedule -> measure -> values, one a seed, and paired tests."""
     results, summary = {}, {}
     for chain in chains:
-        if chain.result.exists():
-            values = measures(chain) | recovery(chain)
-            results.setdefault(chain.part, {}).setdefault(chain.label, {})[chain.seed] = values
+        results.setdefault(chain.part, {}).setdefault(chain.label, {})[chain.seed] = measures(chain) | recovery(chain)
     for part, rows in results.items():
         for label, seeds in rows.items():
             entry = summary.setdefault(part, {}).setdefault(label, {"seeds": sorted(seeds)})
@@ -312,24 +320,15 @@ def report(chains: list[Chain]) -> dict:
                 known = [v for v in values if v is not None]
                 entry[key] = {
                     "values": values,
-                    "mean": float(np.mean(known)) if known else None,
+                    "mean": float(np.mean(known)) if known == values else None,
                     "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
                 }
                 for other in ("constant", "sheared", "dro"):
                     if other in rows and other != label:
                         entry[key][f"minus {other}"] = compared(seeds, rows[other], key)
-        answers = [OUT / part / f"answers_{seed}.json" for seed in range(PARTS[part].seeds)]
-        answers = [list(json.loads(a.read_text())["models"].values()) for a in answers if a.exists()]
-        if answers:
-            summary[part]["answers"] = {
-                schedule: {
-                    d: [
-                        float(np.mean([asked(a[i], d)[key] for a in answers])) for key in ("accuracy", "standard_error")
-                    ]
-                    for d in [*answers[0][i]["domains"], "average"]
-                }
-                for i, schedule in enumerate(("constant", "sheared", "full"))
-            }
+        files = [OUT / part / f"answers_{seed}.json" for seed in range(PARTS[part].seeds)]
+        if files := [file for file in files if file.exists()]:
+            summary[part]["answers"] = answers(files)
     return summary
 
 
@@ -340,9 +339,21 @@ def rounded(x):
     return [rounded(v) for v in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
 
 
-def asked(answers: dict, domain: str) -> dict[str, float]:
-    """Accuracy and standard error of a model in a domain, or on "average"."""
-    return answers["domains"].get(domain) or answers[domain]
+def answers(files: list[Path]) -> dict:
+    """Schedule -> domain or "average" -> accuracy a seed, their mean, one model's binomial standard error."""
+    runs = [list(json.loads(file.read_text())["models"].values()) for file in files]
+    found = {}
+    for i, schedule in enumerate(ASKED):
+        rows = [run[i]["domains"] | {"average": run[i]["average"]} for run in runs]
+        found[schedule] = {
+            d: {
+                "values": [row[d]["accuracy"] for row in rows],
+                "mean": float(np.mean([row[d]["accuracy"] for row in rows])),
+                "standard error": float(np.mean([row[d]["standard_error"] for row in rows])),
+            }
+            for d in rows[0]
+        }
+    return found
 
 
 TABLES = """# The comparison in full
@@ -359,6 +370,7 @@ TITLES = {
     "recovery_own": "the source's, one pruned model",
     "long": "skewed, three times as long",
     "languages": "languages, mostly English",
+    "mine": "own data",
 }
 
 
@@ -394,12 +406,12 @@ def overview(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def answers_table(answers: dict) -> str:
-    """Markdown: accuracy of two-choice continuations in %, ± the binomial standard error of one model."""
-    domains = list(answers["constant"])
+def answers_table(found: dict) -> str:
+    """Markdown: accuracy of two-choice continuations in %, mean over seeds ± the standard error of one model."""
+    domains = list(found["constant"])
     lines = [f"| | {' | '.join(domains)} |", "|---" * (len(domains) + 1) + "|"]
-    for schedule, row in answers.items():
-        cells = [f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in row.values()]
+    for schedule, row in found.items():
+        cells = [f"{100 * x['mean']:.1f} ± {100 * x['standard error']:.1f}" for x in row.values()]
         lines.append(f"| {schedule} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -420,8 +432,8 @@ def tables(summary: dict) -> str:
                 sign = "+" if pair and pair["mean"] > 0 else ""
                 cells.append(f"{sign}{three(pair['mean'])} (p {pair['p']:.2g}, {pair['lower in']})" if pair else "")
             lines.append(f"| {label} | {len(row['seeds'])} | {' | '.join(cells)} |")
-        if answers := rows.get("answers"):
-            lines += ["", "True continuations, %:", "", answers_table(answers)]
+        if "answers" in rows:
+            lines += ["", "True continuations, %:", "", answers_table(rows["answers"])]
     return "\n".join(lines[1:])
 
 
@@ -476,17 +488,54 @@ def figures(summary: dict) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    global OUT, DOCS
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="at most")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps, to try it out")
+    parser.add_argument(
+        "--data", metavar="DIR", help="another data set, as prepare_data.py makes it, instead of the parts"
+    )
+    parser.add_argument("--ratio", default="{}", help="its mixture while pruning and after; default: as it is")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    args = parser.parse_args()
     os.chdir(ROOT)
+    with user_errors():
+        args = parser.parse_args()
+        if args.seeds < 1 or args.jobs < 1 or not 0 < args.scale < float("inf"):
+            raise ValueError("--seeds, --jobs and --scale must be above 0")
+        if args.data:
+            given = load(Settings, ["config/toy_prune.py", f"--data={args.data}", f"--ratio={args.ratio}"])
+            domains = TokenData(given.data).domains
+            if given.ratio and given.ratio.keys() != set(domains):
+                raise ValueError(f"--ratio needs a share of each domain: {', '.join(domains)}")
+            PARTS.clear()
+            PARTS["mine"] = Part(FOUR, args.seeds, given.ratio or None, data=given.data)
+            args.parts, OUT = ["mine"], OUT.with_name(f"compare_{Path(given.data).name}")
+        if args.scale != 1:
+            OUT = OUT.with_name(f"{OUT.name}_{args.scale:g}")
+        if args.data or args.scale != 1:
+            DOCS = OUT
+        if not args.report:
+            run_all(args)
+        chains = [c for c in plan(list(PARTS), 99, list(SCHEDULES)) if c.result.exists()]
+        if not chains:
+            raise ValueError(f"nothing in {OUT} is done yet")
+    summary = rounded(report(chains))
+    DOCS.mkdir(parents=True, exist_ok=True)
+    results = {"command": "python experiments/compare.py", **summary}
+    text = re.sub(r"\n {4,}|\n {3}(?=[}\]])", " ", json.dumps(results, indent=1))  # a line a measure
+    (DOCS / "results.json").write_text(text + "\n")
+    (DOCS / "tables.md").write_text(f"{TABLES}\n{tables(summary)}\n")
+    print(overview(summary))
+    figures(summary)
+
+
+def run_all(args) -> None:
+    """Everything that is asked for and not done, `args.jobs` at a time. The first failure stops it."""
     OUT.mkdir(parents=True, exist_ok=True)
-    if not Path("data/demo/meta.json").exists():
+    if "data/demo" in (PARTS[part].data for part in args.parts) and not Path("data/demo/meta.json").exists():
         call("prepare_data.py", "installed", "--out", "data/demo", "--held_out", "0.1")
     for part in list(args.parts):
         if not Path(PARTS[part].data, "meta.json").exists():
@@ -494,13 +543,13 @@ def main():
             args.parts.remove(part)
     chains = plan(args.parts, args.seeds, args.schedules)
     todo = list(dict.fromkeys(x for c in chains for x in (c.base, c) if x and not x.result.exists()))
-    todo = [] if args.report else todo
     started, done, lock = time.time(), [], threading.Lock()
 
     def work(chain: Chain, *needs) -> None:
         for need in needs:
             need.result()
-        run(chain, args.scale)
+        if not chain.result.exists():
+            run(chain, args.scale)
         with lock:
             done.append(chain)
             left = (time.time() - started) / len(done) * (len(todo) - len(done))
@@ -513,19 +562,14 @@ def main():
         for c in todo:
             before = [c.base, replace(c, schedule="dro") if c.schedule == "mean" else None]
             futures[c] = pool.submit(work, c, sources[c.source], *(futures[b] for b in before if b in futures))
-        for future in futures.values():
-            future.result()
-        if not args.report:
-            list(pool.map(lambda c: ask(c.part, c.seed), [c for c in chains if c.schedule == "full" and not c.setting]))
-    DOCS.mkdir(parents=True, exist_ok=True)
-    chains = plan(list(PARTS), 5, list(SCHEDULES))  # the report is of all there is
-    summary = rounded(report(chains))
-    results = {"command": "python experiments/compare.py", **summary}
-    text = re.sub(r"\n {4,}|\n {3}(?=[}\]])", " ", json.dumps(results, indent=1))  # a line a measure
-    (DOCS / "results.json").write_text(text + "\n")
-    (DOCS / "tables.md").write_text(f"{TABLES}\n{tables(summary)}\n")
-    print(overview(summary))
-    figures(summary)
+        asked = [c for c in chains if c.schedule == "full" and not c.setting]
+        try:
+            for future in as_completed([*sources.values(), *futures.values()]):
+                future.result()
+            list(pool.map(lambda c: ask(c.part, c.seed), asked))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from settings import Parser, user_errors  # noqa: E402
+
 LANGUAGES = "ar-MA de-DE en-US fr-FR ja-JP ru-RU zh-CN".split()  # translated for the most part
 UNSEEN = {"script", "style", "head"}
 INLINE = set("a abbr acronym b code em i span strong sub sup tt u".split())
@@ -31,7 +35,7 @@ class Paragraphs(HTMLParser):
         self.text += "" if tag in INLINE else "\n"
 
     def handle_endtag(self, tag):
-        self.unseen -= tag in UNSEEN
+        self.unseen = max(0, self.unseen - (tag in UNSEEN))
         self.text += "" if tag in INLINE else "\n"
 
     def handle_data(self, data):
@@ -42,24 +46,30 @@ class Paragraphs(HTMLParser):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("html", type=Path, help="folder of the package that has a folder a language")
     parser.add_argument("out", type=Path, help="folder to make, with a folder a language")
-    args = parser.parse_args()
-    if missing := [name for name in LANGUAGES if not (args.html / name).is_dir()]:
-        print(f"languages.py: {args.html} has no folder {', '.join(missing)}", file=sys.stderr)
-        sys.exit(2)
+    with user_errors():
+        args = parser.parse_args()
+        if missing := [name for name in LANGUAGES if not (args.html / name).is_dir()]:
+            raise ValueError(f"{args.html} has no folder {', '.join(missing)}")
+        write(args.html, args.out)
+
+
+def write(html: Path, out: Path) -> None:
+    """Read the book in all languages, and write each as a folder of texts."""
     books = {
-        name: {page.stem: Paragraphs(page.read_text("utf-8")).lines() for page in (args.html / name).rglob("*.html")}
+        name: {page.stem: Paragraphs(page.read_text("utf-8")).lines() for page in (html / name).rglob("*.html")}
         for name in LANGUAGES
     }
     english = {line for page in books["en-US"].values() for line in page}
     for name, pages in books.items():
-        folder = args.out / name.split("-")[0]
+        folder = out / name.split("-")[0]
         folder.mkdir(parents=True, exist_ok=True)
         for page, lines in sorted(pages.items()):
             own = lines if name == "en-US" else [line for line in lines if line not in english]
-            (folder / f"{page}.txt").write_text("\n".join(own) + "\n", "utf-8")
+            if own:
+                (folder / f"{page}.txt").write_text("\n".join(own) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from compare import OFF, SKEW, STAGES, rounded  # noqa: E402
 
 from plot import read_metrics  # noqa: E402
 from scaling_law import FitError, fit_together, powers, solve  # noqa: E402
+from settings import Parser, user_errors  # noqa: E402
 from train import lr_scale  # noqa: E402
 
 OUT, COMPARE = Path("out/laws"), Path("out/compare")
@@ -97,13 +99,14 @@ def record(part: str, seed: int) -> None:
     for stage in STAGES:
         name = f"{stage}_{part}_{seed}"
         if not (OUT / name / "model").exists():
-            ratio = [f"--ratio={dict(zip(domains, SKEW))}"] if part == "skew" else []
+            ratio = [f"--ratio={dict(zip(domains, SKEW, strict=True))}"] if part == "skew" else []
             command = [
                 f"config/toy_{stage}.py", f"--init_from={before}", f"--reference_model={source}", f"--seed={seed}",
                 f"--out={OUT / name}", "--threads=1", "--resume=never", "--schedule=constant", *OFF, *ratio,
             ]  # fmt: skip
             OUT.mkdir(parents=True, exist_ok=True)
             (OUT / f"{name}.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(OUT / name, ignore_errors=True)  # the averages are in no checkpoint: from the start again
             one = os.environ | {"OMP_NUM_THREADS": "1"}
             with open(OUT / f"{name}.log", "w") as log:
                 subprocess.run([sys.executable, __file__, "watch", name, *command], env=one, check=True, stdout=log)
@@ -276,16 +279,18 @@ def histories() -> list[tuple[str, History]]:
 def main():
     if sys.argv[1:2] == ["watch"]:  # a process of `record`
         return watch(*sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["record", "report"], default="report")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    args = parser.parse_args()
     os.chdir(ROOT)
+    with user_errors():
+        args = parser.parse_args()
+        if args.what == "report" and not (found := histories()):
+            raise ValueError(f"no histories in {OUT} or {COMPARE}: run experiments/compare.py or `record` first")
     if args.what == "record":
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(record, ["skew", "own"], [0, 1]))
         return
-    found = histories()
     results = {"command": "python experiments/laws.py", "unit": "nats a token, means over runs and domains"}
     for group, stage in itertools.product(dict.fromkeys(g for g, _ in found), ("prune", "continue")):
         runs = [h for g, h in found if g == group and h.stage == stage]

@@ -38,6 +38,35 @@ def test_questions_are_the_text_and_what_follows_it(tiny_data):
         assert questions != make_questions(data, tokenizer, domain, "train", 40, seed=1)
 
 
+class Positions:
+    """A tokenizer, and a text, in which each token is its own position."""
+
+    path, eot, meta = "positions", -1, {"window": 200}
+
+    def tokens(self, domain, split):
+        return np.arange(1000)
+
+    def encode(self, text):
+        return np.array([ord(c) - 0x4E00 for c in text])
+
+    def decode(self, ids):
+        return "".join(chr(0x4E00 + i) for i in ids)
+
+
+def test_choices_do_not_overlap_and_stay_within_a_held_out_window():
+    """val and test are windows of a pool, in turn: from one to the next the text does not go on."""
+    text = Positions()
+    questions = make_questions(text, text, "a", "val", 150, seed=0)
+    assert len(questions) > 100
+    for q in questions:
+        true, false = (q.choice1, q.choice2) if q.label == 0 else (q.choice2, q.choice1)
+        asked, other = text.encode(q.question + true), text.encode(false)
+        assert np.array_equal(asked, asked[0] + np.arange(PREFIX + LENGTH)) and not set(asked[PREFIX:]) & set(other)
+        assert len(set(asked // 200)) == len(set(other // 200)) == 1
+    starts = [text.encode(q.question)[0] for q in make_questions(text, text, "a", "train", 150, seed=0)]
+    assert any(start // 200 != (start + PREFIX + LENGTH - 1) // 200 for start in starts)  # train is one long text
+
+
 def test_log_likelihoods_are_transformers(chain):
     """Of text with every length, some of it too long for the model, one pair after the other and unpadded."""
     path = chain[0]["pretrain"] / "model"
@@ -92,8 +121,12 @@ def test_files_of_questions(tmp_path):
     assert read_questions(tmp_path / "one.jsonl") == questions
     for text, words in (
         ('{"question": "a", "choice1": "b", "label": 0}', "bad.jsonl:1: not a question .*choice2"),
-        ('\n{"question": "a", "choice1": "b", "choice2": "", "label": 0}', "bad.jsonl:2: .* no choice empty"),
+        ('\n{"question": "a", "choice1": "b", "choice2": "", "label": 0}', "bad.jsonl:2: .*no choice may be empty"),
         ('{"question": "a", "choice1": "b", "choice2": "c", "label": 3}', "labels must be 0 and 1, or 1 and 2"),
+        ('{"question": "a", "choice1": "b", "choice2": "c", "label": 0.9}', "bad.jsonl:1: .* a whole number"),
+        ('{"question": "a", "choice1": "b", "choice2": "c", "label": Infinity}', "bad.jsonl:1: .* a whole number"),
+        ('{"question": "a", "choice1": "\\ud800", "choice2": "c", "label": 0}', "bad.jsonl:1: not a question"),
+        ("[" * 100_000, "bad.jsonl:1: not a question"),
         ("", "labels must be"),
     ):
         (tmp_path / "bad.jsonl").write_text(text)
@@ -120,3 +153,5 @@ def test_the_command(chain, tiny_data, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run(monkeypatch, *args, "--questions", tmp_path / "none.jsonl") == 2
     assert "none.jsonl" in capsys.readouterr().err
+    assert run(monkeypatch, *args, "--questions", files[0], files[0]) == 2
+    assert "two files of one name" in capsys.readouterr().err

@@ -94,9 +94,10 @@ def test_each_equation_stands_where_the_table_says():
         for part in function.split("."):
             tree = next(n for n in tree.body if getattr(n, "name", None) == part)
         segment = ast.get_source_segment(source, tree)
-        named = " ".join(re.findall(r"eq\.[^)\n:]*", segment))
-        for number in re.findall(r"eq\. (\d)", what):
-            assert re.search(rf"\b{number}\b", named), f"{function} does not name eq. {number}"
+        numbers = re.search(r"(?:eq\.|section) ([\d.]+(?: and \d)?)", what)
+        for number in numbers[1].split(" and ") if numbers else ():
+            named = re.findall(r"(?:eq\.|section)[^)\n:]*|# \d[\d.]*", segment)
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", " ".join(named)), f"{function}: {number}"
 
 
 def test_every_logged_metric_is_in_the_glossary(chain):

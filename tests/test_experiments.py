@@ -10,7 +10,9 @@ import pytest
 from scipy import stats
 
 from data import TokenData
+from settings import load
 from tokenizer import load_tokenizer
+from train import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "experiments"))
@@ -22,23 +24,72 @@ import laws  # noqa: E402
 
 def test_every_chain_has_a_place_of_its_own():
     chains = compare.plan(list(compare.PARTS), 5, list(compare.SCHEDULES))
-    assert len({c.path for c in chains}) == len(chains)
+    again = [c for c in chains if c.base and c.schedule == "constant"]
+    assert {c.path for c in again} == {c.base.path for c in again}  # which has pruned the model, and went on
+    assert len({c.path for c in chains}) == len(chains) - len(again)
     settings = {c.setting for c in chains if c.part == "ablation"}
     assert len(settings) == sum(map(len, compare.ABLATIONS.values()))
     assert [c.part for c in chains] == sorted((c.part for c in chains), key=list(compare.PARTS).index)
     assert {c.seed for c in chains if c.part == "skew"} == set(range(5))
 
 
+def test_every_run_of_a_chain_is_one_that_train_py_takes(monkeypatch, tmp_path):
+    """The settings of each stage: equal but for the schedule, the mixture skewed where it is said to be."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(compare, "OUT", tmp_path)
+    commands, domains = [], [f"domain{i}" for i in range(7)]
+    monkeypatch.setattr(compare, "call", lambda *command: commands.append([str(word) for word in command]))
+    monkeypatch.setattr(compare, "PARTS", {"skew": compare.PARTS["skew"], "own": compare.PARTS["own"]})
+    mixture = {d: 10.0 + i for i, d in enumerate(domains)}
+    for path in ("source/0", *(f"{part}/dro_0/{stage}" for part in compare.PARTS for stage in compare.STAGES)):
+        (tmp_path / path).mkdir(parents=True)
+        lines = (
+            {"type": "run", "domains": domains, "stage": "", "steps": 1, "tokens_per_step": 1},
+            {"type": "eval", "step": 1, "domain_tokens": mixture},
+        )
+        (tmp_path / path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for chain in compare.plan(["skew", "own"], 1, list(compare.SCHEDULES)):
+        commands.clear()
+        compare.run(chain, 1.0)
+        assert [c[0] for c in commands] == ["train.py", "train.py", "eval.py"]
+        prune, after = (load(Settings, command[1:]) for command in commands[:2])
+        assert (prune.steps, after.steps, prune.eval_interval) == (400, 300, 16)
+        assert prune.init_from == str(tmp_path / "source/0") and after.init_from == prune.out
+        shares = {"uniform": [1.0] * 7, "mean": list(mixture.values())}
+        expected = shares.get(chain.schedule, compare.SKEW if chain.part == "skew" else [])
+        for s in (prune, after):
+            assert list(s.ratio.values()) == expected and s.reference_model == prune.init_from
+            assert s.schedule == ("dro" if chain.label.startswith(("dro", "full")) else
+                                  "sheared" if chain.label == "sheared" else "constant")  # fmt: skip
+            assert s.dynamic_reference == (chain.label.startswith("full") or chain.label == "dro + reference")
+            assert s.dynamic_ratio == (chain.label.startswith("full") or chain.label == "dro + ratio")
+            assert s.rho == (0.5 if "rho 0.5" in chain.label else 0.1)
+
+
 def test_differences_are_paired_by_seed():
     rng = np.random.default_rng(0)
     mine, other = rng.normal(1, 0.1, 5), rng.normal(1.2, 0.1, 5)
-    rows = [{seed: {"x": x} for seed, x in enumerate(values)} for values in (mine, other)]
+    rows = [
+        {seed: {"x": values[seed]} for seed in order} for values, order in ((mine, [4, 2, 0, 3]), (other, range(5)))
+    ]
     rows[0][4]["x"] = None  # never reached: this seed counts for neither
-    found = compare.compared(*rows, "x")
-    assert found["p"] == pytest.approx(stats.ttest_1samp((mine - other)[:4], 0).pvalue)
-    assert found["mean"] == pytest.approx((mine - other)[:4].mean())
-    assert found["lower in"] == f"{sum(mine[:4] < other[:4])} of 4"
+    found, both = compare.compared(*rows, "x"), [0, 2, 3]
+    assert found["p"] == pytest.approx(stats.ttest_1samp((mine - other)[both], 0).pvalue)
+    assert found["mean"] == pytest.approx((mine - other)[both].mean())
+    assert found["sd"] == pytest.approx(stats.tstd((mine - other)[both]))
+    assert found["lower in"] == f"{sum(mine[both] < other[both])} of 3"
     assert compare.compared({0: {"x": 1.0}}, {0: {"x": 2.0}}, "x") is None
+
+
+def test_mistakes_end_in_one_line(tmp_path):
+    for args, words in (
+        (["--report", "--scale", "0.123"], "nothing in out/compare_0.123 is done"),
+        (["--jobs", "0"], "must be above 0"),
+        (["--data", str(tmp_path / "none")], "no data set there"),
+        (["--part", "skew", "--seed", "x"], "--seeds: invalid int value"),
+    ):
+        ended = subprocess.run([sys.executable, compare.__file__, *args], capture_output=True, text=True)
+        assert ended.returncode == 2 and words in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
 
 
 def test_the_tables_in_the_docs_are_what_was_measured():
@@ -56,10 +107,15 @@ def test_a_law_sees_only_what_was_known():
     losses = 2 + 0.3 * (progress[:, None] + 0.05) ** -0.4 + 0.01 * rng.standard_normal((n, d))
     rate = 0.1 + 0.45 * (1 + np.cos(np.pi * progress))
     area, ones = np.cumsum(rate) / rate.sum(), np.ones(n)
-    history = laws.History("continue", progress, losses, tokens, ones, rate, area, progress, losses, losses[-1])
-    other = laws.replace(history, losses=np.where(progress[:, None] > 0.5, 9.0, losses), final=losses[-1] + 1)
+    history = laws.History("prune", progress, losses, tokens, ones, rate, area, progress, losses, losses[-1])
+    history = laws.replace(history, stage="continue", before=history)
+    later = np.where(progress[:, None] > 0.5, 9.0, losses)
+    other = laws.replace(history, losses=later, plain=later, final=losses[-1] + 1)
     for name, law in laws.LAWS.items():
         assert law(history.until(0.5), history) == pytest.approx(law(other.until(0.5), other)), name
+    known = history.until(0.5)
+    carried = laws.LAWS["the same, carried over"](known, history)
+    assert np.abs(carried - history.final).max() < np.abs(known.losses.min(0) - history.final).max()
 
 
 PAGE = "<html><head><title>no</title></head><p>{}</p><pre>apt\n install</pre><p>Same in <em>all</em>.</p></html>"
