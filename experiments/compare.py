@@ -25,7 +25,7 @@ Parts, in this order:
     own           eight, at the mixture that the source was trained on
     recovery_own  nine, as recovery, at that mixture
     long          three times the steps at the skewed mixture, four schedules, 3 seeds
-    languages     seven languages (experiments/languages.py), three quarters English, four schedules, 3 seeds
+    languages     seven languages (experiments/languages.py), three quarters English, five schedules, 3 seeds
     ablation      as recovery, one setting of the full method at a time, one seed
 
 All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. Afterwards the
@@ -112,7 +112,7 @@ PARTS = {
     "own": Part(EIGHT, 5, None),
     "recovery_own": Part([*EIGHT, "full, rho 0.5"], 5, None, pruned="own"),
     "long": Part(FOUR, 3, SKEW, length=3),
-    "languages": Part(FOUR, 3, ENGLISH, data="data/languages", sources="source_languages"),
+    "languages": Part([*FOUR, "full, rho 0.5"], 3, ENGLISH, data="data/languages", sources="source_languages"),
     "ablation": Part(["full"], 1, SKEW, pruned="skew"),
 }
 
