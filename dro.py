@@ -40,11 +40,11 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) 
     """
     losses, reference, p = (np.asarray(x, np.float64) for x in (losses, reference, ratio))
     check(losses=losses, reference=reference, ratio=p, rho=rho)
-    excess = losses - reference
+    p, excess = p / p.sum(), losses - reference
     worst, gap = excess == excess.max(), np.ptp(excess)
     # the argmax knows no scale: what is only float32's rounding must not become weights
     if rho == 0 or gap <= 1e-6 * max(1.0, np.abs(losses).max()):
-        return p / p.sum()
+        return p
     excess = (excess - excess.max()) / gap  # neither an offset nor a scale changes the argmax: now in [-1, 0]
 
     def weights(relative):  # relative = relu(excess - eta) / Z, one value a domain

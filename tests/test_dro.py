@@ -100,6 +100,8 @@ def test_edges():
     assert dro_weights([2.0], [1.0], [1.0]) == pytest.approx([1.0])
     nearly = dro_weights([2, 2 + 1e-9, 2 - 1e-9], [0, 0, 0], p)
     assert np.isfinite(nearly).all() and chi2(nearly, p) <= 0.1 + 1e-9
+    losses, reference, p = random_case(np.random.default_rng(3))
+    assert dro_weights(losses, reference, 3 * p) == pytest.approx(dro_weights(losses, reference, p))  # shares or counts
 
 
 @pytest.mark.parametrize("bad", [[np.nan, 1, 1], [np.inf, 1, 1]])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.optimize import minimize
 
 from data import TokenData
 from settings import load
@@ -79,6 +80,64 @@ def test_differences_are_paired_by_seed():
     assert found["sd"] == pytest.approx(stats.tstd((mine - other)[both]))
     assert found["lower in"] == f"{sum(mine[both] < other[both])} of 3"
     assert compare.compared({0: {"x": 1.0}}, {0: {"x": 2.0}}, "x") is None
+
+
+def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
+    """Degradation, the worst mixture by a general solver, the share of time, tokens until `constant` is reached."""
+    data, n = TokenData(tiny_data), len(TokenData(tiny_data).domains)
+    monkeypatch.setattr(compare, "OUT", tmp_path)
+    monkeypatch.setitem(compare.PARTS, "skew", compare.Part(["constant", "full"], 1, None, data=str(tiny_data)))
+    rng, chains = np.random.default_rng(1), {s: compare.Chain("skew", s, 0) for s in ("constant", "full")}
+    losses = {"source": rng.uniform(1, 2, n)}
+    losses |= {(s, stage): losses["source"] + rng.uniform(0, 1, n) for s in chains for stage in compare.STAGES}
+
+    def row(values):
+        return {"domains": {d: {"loss": x, "bits_per_byte": 2 * x} for d, x in zip(data.domains, values)}}
+
+    def by_domain(values):
+        return dict(zip(data.domains, values))
+
+    def write(path, evals, end):
+        info = {"type": "run", "domains": data.domains, "stage": "", "steps": 30, "tokens_per_step": 100}
+        lines = [info, *evals, {"type": "end", "loss": by_domain(end)}]
+        path.mkdir(parents=True)
+        (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        timings = [{"step": 10, "seconds": 6.0, "tokens_per_second": 500}]  # 2 seconds of training
+        timings += [{"step": 30, "seconds": 20.0, "tokens_per_second": 250}]  # 8 more
+        (path / "timings.jsonl").write_text("\n".join(map(json.dumps, timings)))
+
+    first = {"type": "eval", "step": 0, "tokens": 0, "loss": by_domain(losses["source"])}
+    write(tmp_path / "source/0", [first], losses["source"])
+    (tmp_path / "source/0/eval.json").write_text(json.dumps({"models": {"a": row(losses["source"])}}))
+    curves = {"constant": [1.0, 0.5, 0.3], "full": [1.0, 0.3, 0.1]}  # above the source, every 1000 tokens
+    for s, chain in chains.items():
+        evals = [
+            {"type": "eval", "step": 10 * i, "tokens": 1000 * i, "loss": by_domain(losses["source"] + x)}
+            for i, x in enumerate(curves[s])
+        ]
+        write(chain.models[1], evals, losses["source"])
+        models = {stage: row(losses[s, stage]) for stage in compare.STAGES}
+        chain.result.write_text(json.dumps({"models": models}))
+    found, worse = compare.measures(chains["full"]), losses["full", "continue"] - losses["source"]
+    assert found["average degradation"] == pytest.approx(worse.mean())
+    assert found["worst degradation"] == pytest.approx(worse.max())
+    assert found["sd of degradation"] == pytest.approx(worse.std())
+    assert found["worst degradation, pruned"] == pytest.approx((losses["full", "prune"] - losses["source"]).max())
+    assert found["average bits per byte"] == pytest.approx(2 * losses["full", "continue"].mean())
+    assert found["share of the time for evaluations and schedule"] == pytest.approx(0.5)
+    natural = np.array([data.tokens(d, "train").size for d in data.domains], float)
+    natural /= natural.sum()
+    for rho in compare.RHOS:
+        limit = {"type": "ineq", "fun": lambda q, rho=rho: rho - 0.5 * np.sum(natural * (q / natural - 1) ** 2)}
+        worst = minimize(
+            lambda q: -q @ losses["full", "continue"], natural, bounds=[(0, 1)] * n, method="SLSQP",
+            options={"ftol": 1e-12}, constraints=[{"type": "eq", "fun": lambda q: q.sum() - 1}, limit],
+        )  # fmt: skip
+        assert found[f"loss under the worst mixture, rho {rho}"] == pytest.approx(-worst.fun, abs=1e-5)
+    reached = compare.recovery(chains["full"])
+    assert set(reached.values()) == {1000} and set(compare.recovery(chains["constant"]).values()) == {2000}
+    row = compare.report(list(chains.values()))["skew"]["full"]["worst degradation"]
+    assert row["values"] == [pytest.approx(worse.max())] and row["sd"] is None and row["minus constant"] is None
 
 
 def test_mistakes_end_in_one_line(tmp_path):
