@@ -10,9 +10,9 @@ pruning stage and the toy continue stage run under each schedule, everything els
 
     constant, sheared, dro            the references are the source's own validation losses, measured beforehand
     dro + reference, dro + ratio      one of DRPruning's additions each
-    full                              both: DRPruning, with the scaling law that knows the learning rate
+    full                              both: DRPruning at the paper's rho, with the law that knows the learning rate
     full, paper's law                 both, with eq. 4 as the paper has it
-    full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large
+    full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large: the toy default
     sheared, step 2                   twice the step size
     full, predicted only              both, with no references given: the prediction is all there is
     uniform                           constant, at equal shares
@@ -60,7 +60,8 @@ from settings import Parser, load, user_errors  # noqa: E402
 from train import Settings  # noqa: E402
 
 OUT, DOCS = Path("out/compare"), Path("docs/compare")  # other folders for a trial or other data, see `main`
-DRO, FULL = ["--schedule=dro"], ["--schedule=dro", "--dynamic_reference=True", "--dynamic_ratio=True"]
+DRO = ["--schedule=dro", "--rho=0.1"]  # the paper's
+FULL = [*DRO, "--dynamic_reference=True", "--dynamic_ratio=True"]
 SCHEDULES = {
     "constant": ["--schedule=constant"],
     "sheared": ["--schedule=sheared"],
@@ -472,7 +473,7 @@ def figures(summary: dict) -> None:
             fig.savefig(DOCS / "compare.png")
         if "ablation" in summary:
             fig, axes = new_figure(1, len(ABLATIONS), height=4.5, sharey=True)
-            base, default = summary.get("recovery", {}).get("full"), load(Settings, ["config/toy_continue.py"])
+            base, default = summary.get("recovery", {}).get("full"), load(Settings, ["config/toy_continue.py", *FULL])
             for ax, (key, values) in zip(axes[0], ABLATIONS.items()):
                 points = {v: summary["ablation"].get(f"{key} {v}") for v in values}
                 points = {v: row for v, row in points.items() if row} | ({getattr(default, key): base} if base else {})
@@ -542,7 +543,10 @@ def run_all(args) -> None:
             print(f"{part} is left out: no {PARTS[part].data}, see experiments/languages.py")
             args.parts.remove(part)
     chains = plan(args.parts, args.seeds, args.schedules)
-    todo = list(dict.fromkeys(x for c in chains for x in (c.base, c) if x and not x.result.exists()))
+    todo = {}
+    for chain in (x for c in chains for x in (c.base, c) if x and not x.result.exists()):
+        todo.setdefault(chain.path, chain)  # each once: `constant` is in two parts
+    todo = list(todo.values())
     started, done, lock = time.time(), [], threading.Lock()
 
     def work(chain: Chain, *needs) -> None:

@@ -73,13 +73,15 @@ def test_what_is_named_exists(name):
 def test_the_comparison_in_the_readme_is_what_was_measured():
     results = json.loads((ROOT / "docs/compare/results.json").read_text())["skew"]
     for first, schedule in (
-        ("`constant`", "constant"),
+        ("`constant` ", "constant"),
+        ("`constant`, at equal", "uniform"),
         ("`sheared`", "sheared"),
         ("`dro`", "dro"),
-        ("the full", "full"),
+        ("the full method, rho 0.1", "full"),
+        ("the full method, rho 0.5", "full, rho 0.5"),
     ):
         (row,) = re.findall(rf"^\| {first}.*$", TEXT["README.md"], re.M)
-        shown = [float(x) for x in re.findall(r"(?<![\d])\.\d{3}", row)]
+        shown = [float(x.replace("−", "-")) for x in re.findall(r"−?(?<!\d)\.\d{3}", row)]
         measured = [results[schedule][f"{key} degradation"][x] for key in ("average", "worst") for x in ("mean", "sd")]
         assert shown == pytest.approx(measured, abs=6e-4) and len(results[schedule]["seeds"]) == 5
 
