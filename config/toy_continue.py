@@ -14,7 +14,6 @@ warmup = 9
 schedule = "dro"
 dynamic_reference = True
 dynamic_ratio = True
-rho = 0.5  # the paper's 0.1 leaves a small lagging domain too little: docs/comparison.md
 reference_model = "out/toy_pretrain"
 
 eval_interval = 12

@@ -10,9 +10,9 @@ pruning stage and the toy continue stage run under each schedule, everything els
 
     constant, sheared, dro            the references are the source's own validation losses, measured beforehand
     dro + reference, dro + ratio      one of DRPruning's additions each
-    full                              both: DRPruning at the paper's rho, with the law that knows the learning rate
+    full                              both: DRPruning, with the scaling law that knows the learning rate
     full, paper's law                 both, with eq. 4 as the paper has it
-    full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large: the toy default
+    full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large
     sheared, step 2                   twice the step size
     full, predicted only              both, with no references given: the prediction is all there is
     uniform                           constant, at equal shares
