@@ -552,8 +552,7 @@ def run_all(args) -> None:
     def work(chain: Chain, *needs) -> None:
         for need in needs:
             need.result()
-        if not chain.result.exists():
-            run(chain, args.scale)
+        run(chain, args.scale)
         with lock:
             done.append(chain)
             left = (time.time() - started) / len(done) * (len(todo) - len(done))
