@@ -36,7 +36,8 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) 
     q_i ∝ p_i · max(relu(excess_i - eta) / Z, floor) with Z = Σ p_i relu(excess_i - eta), eta such that the constraint
     is tight. The floor keeps every domain in the training: at 0 this is the exact argmax. Equal excesses give the
     ratio itself; a rho beyond reach gives the extreme point, everything (but the floor) on the largest excess.
-    Arrays of one value a domain; ValueError for values that are not finite or a ratio that is not positive.
+    Arrays of one value a domain; the ratio need not add up to 1. ValueError for values that are not finite or a ratio
+    that is not positive.
     """
     losses, reference, p = (np.asarray(x, np.float64) for x in (losses, reference, ratio))
     check(losses=losses, reference=reference, ratio=p, rho=rho)

@@ -263,12 +263,15 @@ def measures(chain: Chain) -> dict[str, float]:
         "worst degradation, pruned": (pruned - source).max(),
     }
     for rho in RHOS:
-        q = dro_weights(loss, np.zeros_like(loss), natural / natural.sum(), rho, floor=0.0)
+        q = dro_weights(loss, np.zeros_like(loss), natural, rho, floor=0.0)
         found[f"loss under the worst mixture, rho {rho}"] = q @ loss
     found |= {f"degradation, {d}": x for d, x in zip(data.domains, worse)}
+    continued = read_metrics(chain.path / "continue")
+    drawn = continued.evals[-1]["domain_tokens"]
+    found |= {f"share of the tokens, {d}": drawn[d] / sum(drawn.values()) for d in data.domains}
     times = [json.loads(x) for x in (chain.path / "continue" / "timings.jsonl").read_text().splitlines()]
-    steps, batch = np.diff([0, *(t["step"] for t in times)]), read_metrics(chain.path / "continue").info
-    training = sum(n * batch["tokens_per_step"] / t["tokens_per_second"] for n, t in zip(steps, times))
+    steps = np.diff([0, *(t["step"] for t in times)])
+    training = sum(n * continued.info["tokens_per_step"] / t["tokens_per_second"] for n, t in zip(steps, times))
     found["share of the time for evaluations and schedule"] = 1 - training / times[-1]["seconds"]
     return {key: float(value) for key, value in found.items()}
 
@@ -324,7 +327,7 @@ def report(chains: list[Chain]) -> dict:
                     "mean": float(np.mean(known)) if known == values else None,
                     "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
                 }
-                for other in ("constant", "sheared", "dro"):
+                for other in ("constant", "sheared", "sheared, step 2", "dro"):
                     if other in rows and other != label:
                         entry[key][f"minus {other}"] = compared(seeds, rows[other], key)
         files = [OUT / part / f"answers_{seed}.json" for seed in range(PARTS[part].seeds)]

@@ -112,7 +112,13 @@ def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
     curves = {"constant": [1.0, 0.5, 0.3], "full": [1.0, 0.3, 0.1]}  # above the source, every 1000 tokens
     for s, chain in chains.items():
         evals = [
-            {"type": "eval", "step": 10 * i, "tokens": 1000 * i, "loss": by_domain(losses["source"] + x)}
+            {
+                "type": "eval",
+                "step": 10 * i,
+                "tokens": 1000 * i,
+                "loss": by_domain(losses["source"] + x),
+                "domain_tokens": by_domain((i * np.arange(n)).tolist()),
+            }
             for i, x in enumerate(curves[s])
         ]
         write(chain.models[1], evals, losses["source"])
@@ -125,6 +131,8 @@ def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
     assert found["worst degradation, pruned"] == pytest.approx((losses["full", "prune"] - losses["source"]).max())
     assert found["average bits per byte"] == pytest.approx(2 * losses["full", "continue"].mean())
     assert found["share of the time for evaluations and schedule"] == pytest.approx(0.5)
+    shares = [found[f"share of the tokens, {d}"] for d in data.domains]
+    assert shares == pytest.approx(np.arange(n) / np.arange(n).sum())
     natural = np.array([data.tokens(d, "train").size for d in data.domains], float)
     natural /= natural.sum()
     for rho in compare.RHOS:
