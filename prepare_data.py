@@ -1,6 +1,6 @@
-"""Text -> tokens on disk, one file a domain and split (data.py reads them).
+"""Text -> tokens on disk, one file per domain and split (data.py reads them).
 
-    python prepare_data.py installed --out data/installed     # text that every machine has, no download: the demo
+    python prepare_data.py installed --out data/installed     # text that every machine has, no download
     python prepare_data.py corpus --out data/mine --tokenizer gpt2               # one sub-folder of corpus/ a domain
     python prepare_data.py SlimPajama --out data/slimpajama --tokenizer Llama-2-7b-hf --workers 16 \\
         --domain_field meta.redpajama_set_name                            # the domain is a field of each jsonl line
@@ -14,6 +14,7 @@ cut into windows which go to val and test in turn: two separate small sets of do
 
 import argparse
 import ast
+import codecs
 import gzip
 import hashlib
 import importlib.util
@@ -60,20 +61,24 @@ def read_file(domain: str | None, path: Path, domain_field: str | None = None) -
     number, broken = 0, (ValueError, EOFError, zlib.error, gzip.BadGzipFile)
     with open(path, "rb") as raw:
         stream = raw
-        if path.suffix == ".txt":
-            yield domain, raw.read().decode("utf-8", errors="replace"), raw.tell()
+        ending = path.suffix.lower()
+        if ending == ".txt":
+            data = raw.read()
+            if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ValueError(f"{path}: this is UTF-16; convert it to UTF-8")
+            yield domain, data.decode("utf-8-sig", errors="replace"), raw.tell()
             return
-        if path.suffix == ".gz":
+        if ending == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
-        if path.suffix == ".zst":
+        if ending == ".zst":
             try:
                 import zstandard
             except ImportError:
                 raise ValueError(f"{path}: to read .zst files, `pip install zstandard`") from None
-            stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+            stream = io.BufferedReader(ZstdFrames(raw, zstandard.ZstdDecompressor()))
             broken += (zstandard.ZstdError,)
         try:
-            for line in io.TextIOWrapper(stream, encoding="utf-8", errors="replace"):
+            for line in io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace"):
                 number += 1
                 if line.strip():
                     name, text = parse_line(line, domain_field)
@@ -82,12 +87,42 @@ def read_file(domain: str | None, path: Path, domain_field: str | None = None) -
             raise ValueError(f"{path}:{number}: {error}") from None
 
 
+class ZstdFrames(io.RawIOBase):
+    """What the frames of a .zst file hold. EOFError where it ends within one, which zstandard's own reader hides."""
+
+    def __init__(self, raw, decompressor):
+        self.raw, self.decompressor = raw, decompressor
+        self.frame, self.ready = decompressor.decompressobj(), memoryview(b"")
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fill the buffer as far as it goes; 0 at the end."""
+        while not self.ready:
+            whole = self.frame.eof
+            data = self.frame.unused_data or self.raw.read(1 << 16)
+            if not data and whole:
+                return 0
+            if not data:
+                raise EOFError("the file is cut short")
+            if whole:
+                self.frame = self.decompressor.decompressobj()
+            self.ready = memoryview(self.frame.decompress(data))
+        n = min(len(buffer), len(self.ready))
+        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
+        return n
+
+
 def parse_line(line: str, domain_field: str | None) -> tuple[str | None, str]:
     """(domain or None, text) of a jsonl line. Domains that differ only in what no file name may hold become one."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError('a line must be an object with the document in "text", as {"text": "..."}')
     if domain_field is None:
@@ -109,12 +144,14 @@ def folder_files(folder: Path, domain_field: str | None) -> list[tuple[str | Non
     tops = [folder] if domain_field else sorted(p for p in folder.glob("[!.]*") if p.is_dir())
     files = []
     for top in tops:
-        found = sorted(p for p in top.rglob("*") if p.name.endswith(endings) and p.is_file())
+        found = sorted(p for p in top.rglob("*") if p.name.lower().endswith(endings) and p.is_file())
         files += [(None if domain_field else top.name, path) for path in found]
         if not found:
             print(f"{top}: left out, it holds no {', '.join(endings)} file")
+    if beside := [p for p in folder.iterdir() if p.name.lower().endswith(endings) and not domain_field]:
+        print(f"{folder}: left out {len(beside)} files that are in no sub-folder, as {beside[0].name}")
     if not files:
-        layout = "" if domain_field else " in sub-folders, one a domain (does each line name it? Give --domain_field)"
+        layout = "" if domain_field else " in sub-folders, one per domain (does each line name it? Give --domain_field)"
         raise ValueError(f"{folder}: no {', '.join(endings)} files{layout}")
     return files
 
@@ -191,7 +228,7 @@ def select(files, read, bar: tqdm, seed: int, held_out: float, limit: int) -> It
     a slot: on huge data a duplicate may pass, but memory stays constant and no unique document is lost.
     """
     seen = np.zeros(SEEN_SLOTS, np.uint64)
-    taken = Counter()
+    taken, spoilt = Counter(), 0
     for domain, path in files:
         done, size = 0, path.stat().st_size
         for name, text, position in [] if limit and taken[domain] >= limit else read(domain, path):
@@ -207,8 +244,11 @@ def select(files, read, bar: tqdm, seed: int, held_out: float, limit: int) -> It
                 continue
             seen[slot] = fingerprint
             taken[name] += len(data)
+            spoilt += "\ufffd" in text
             yield name, fingerprint < held_out * 2**64, data.decode()
         bar.update(size - done)
+    if spoilt:
+        bar.write(f"{spoilt:,} documents hold U+FFFD, which stands for bytes that are no UTF-8")
 
 
 def batches(documents: Iterable[tuple[str, bool, str]], size: int = 1 << 20) -> Iterator[list]:
@@ -225,9 +265,9 @@ def batches(documents: Iterable[tuple[str, bool, str]], size: int = 1 << 20) -> 
 
 
 def encode_batch(tokenizer: Tokenizer, batch: list[tuple[str, bool, str]]) -> list:
-    """[(domain, held out?, ids with eots, bytes)], one a pair that occurs.
+    """[(domain, held out?, ids with eots, bytes)], one per pair that occurs.
 
-    `bytes` is an array: one number an id for held-out text, which is cut anywhere; one a document for train.
+    `bytes` is an array: one number per id for held-out text, which is cut anywhere; one per document for train.
     """
     parts = {}
     for domain, held, text in batch:
@@ -327,8 +367,8 @@ def prepare(
 ) -> bool:
     """Build the data set `out` from `source`; False when it is there already, made with the same arguments.
 
-    Until it is whole it is a hidden folder beside `out`; an error, or Ctrl-C, removes that.
-    `held_out` is the share of documents, `window` in tokens, `max_mb` 10^6 bytes of text a domain (0: no limit; None:
+    Until it is whole it is a hidden folder beside `out`; an error, Ctrl-C or SIGTERM removes that.
+    `held_out` is the share of documents, `window` in tokens, `max_mb` 10^6 bytes of text per domain (0: no limit; None:
     no limit but for `installed`). What is written does not depend on `workers`. Raises ValueError, OSError.
     """
     installed, out = source == "installed", Path(out)
@@ -358,8 +398,13 @@ def prepare(
     total = sum(path.stat().st_size for _, path in files)
     print(f"{source}: reading {len(files):,} files, {total / 1e6:,.1f} MB", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial_out = out.parent / f".{out.name}.{os.getpid()}.partial"
-    partial_out.mkdir()
+    partial_out = out.parent / f".{out.name}.partial"
+    try:
+        partial_out.mkdir()
+    except FileExistsError:
+        raise ValueError(
+            f"{partial_out}: of another process that makes {out}, or of one that was killed; then remove it"
+        ) from None
     writers = {}
 
     def writer_of(domain: str) -> DomainWriter:
@@ -415,7 +460,7 @@ def check_same(out: Path, options: dict):
 
 
 def table(data: TokenData) -> str:
-    """One line a domain."""
+    """One line per domain."""
     lines = [f"{'domain':<20}{'documents':>11}{'train':>15}{'val':>13}{'test':>13}{'MB':>11}{'bytes/token':>13}"]
     for domain in data.domains:
         counts = data.meta["domains"][domain]
@@ -446,6 +491,7 @@ def main():
     add("--seed", type=int, default=0, help="of the split, and of the choice that --max_mb makes: 0")
     add("--max_mb", type=float, help=f"text of each domain, 10^6 bytes; 0: all. {INSTALLED_MB} for installed, else 0")
     add("--domain_field", metavar="A.B", help="field of each jsonl line that names its domain")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what is half-written goes
     with user_errors():
         args = parser.parse_args()
         try:

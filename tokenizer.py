@@ -77,7 +77,10 @@ class HuggingFaceTokenizer:
     def _find_eot(file: Path, vocabulary: dict[str, int]) -> int:
         for beside in ("tokenizer_config.json", "config.json"):
             if (file.parent / beside).is_file():
-                config = json.loads((file.parent / beside).read_text(encoding="utf-8"))
+                try:
+                    config = json.loads((file.parent / beside).read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise ValueError(f"{file.parent / beside}: not valid JSON ({error})") from None
                 token, ids = config.get("eos_token"), config.get("eos_token_id")
                 token = token.get("content") if isinstance(token, dict) else token
                 if token in vocabulary:
@@ -113,6 +116,7 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_RANKS = 128_000
 LLAMA3_SPECIAL = [  # in the order of their ids, which follow the ranks
     *("<|begin_of_text|>", "<|end_of_text|>"),
     *(f"<|reserved_special_token_{i}|>" for i in range(4)),
@@ -163,11 +167,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return HuggingFaceTokenizer(str(path), file)
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file.read_bytes().splitlines())}
+        if len(ranks) != LLAMA3_RANKS:
+            raise ValueError("its pattern and special tokens are not known")
         special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(LLAMA3_SPECIAL)}
         encoding = tiktoken.Encoding(file.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
     except ValueError:
         raise ValueError(
-            f"{file}: not a tiktoken rank file (lines of base64 and rank); "
-            "of a SentencePiece model use the tokenizer.json that is published beside it"
+            f"{file}: not Llama 3's rank file ({LLAMA3_RANKS:,} lines of base64 and rank); "
+            "of another model use the tokenizer.json that is published beside it"
         ) from None
     return TiktokenTokenizer(str(path), encoding, special["<|end_of_text|>"])

@@ -4,12 +4,12 @@ import base64
 import collections
 import gzip
 import json
-import math
 import random
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,12 +75,14 @@ def bpe_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rank_file(tmp_path_factory) -> Path:
-    """A rank file as Llama 3 has it: 256 bytes and a few merges."""
+def rank_file(tmp_path_factory) -> Iterator[Path]:
+    """A rank file as Llama 3 has it: 256 bytes and a few merges, for 128,000."""
     tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the", b"  ", b"xx", b"xxxx"]
     path = tmp_path_factory.mktemp("llama") / "tokenizer.model"
     path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "LLAMA3_RANKS", len(tokens))
+        yield path
 
 
 def test_byte_tokenizer_is_utf8():
@@ -194,19 +196,16 @@ def test_counts_give_bits_per_byte(tiny_corpus, bpe_file, tmp_path):
                     text = tokenizer.decode(ids[ids != data.eot])
                     assert counts["bytes"] == len(text.encode())
                 assert data.bytes_per_token(domain, split) == counts["bytes"] / len(ids)
-    # a window may cut a character, whose bytes then belong to one of the two tokens: 3 bytes a window at most
+    # a window may cut a character, whose bytes then belong to one of the two tokens: 3 bytes per window at most
     byte, bpe = TokenData(tmp_path / "byte"), TokenData(tmp_path / "bpe")
     for split in ("val", "test"):
         ids = np.asarray(bpe.tokens("wide", split))
         table = {i: len(bytes_of(t)) for t, i in json.loads(bpe_file.read_text())["model"]["vocab"].items()}
         true = sum(table[i] for i in ids.tolist() if i != bpe.eot)
         assert abs(bpe.meta["domains"]["wide"][split]["bytes"] - true) <= 3 * len(ids) / 64
-    # coding each token with log2 V bits costs the same bits a byte by either way of counting
-    nats = math.log(byte.vocab_size)
-    for domain in byte.domains:
-        counts = byte.meta["domains"][domain]["train"]
-        bits = nats * counts["tokens"] / counts["bytes"] / math.log(2)
-        assert bits == pytest.approx(nats / math.log(2) / byte.bytes_per_token(domain, "train"))
+    for domain in byte.domains:  # the same documents, so the same bytes, in fewer tokens
+        one, other = (data.meta["domains"][domain]["train"] for data in (byte, bpe))
+        assert one["bytes"] == other["bytes"] and one["tokens"] > other["tokens"]
 
 
 def bytes_of(token: str) -> bytes:
@@ -273,16 +272,22 @@ def test_duplicates_go_unique_documents_stay(tmp_path, monkeypatch):
     assert len(small) > len(large) + 1000
 
 
-def test_surrogates_and_broken_utf8(tmp_path):
+def test_surrogates_and_broken_utf8(tmp_path, capsys):
     (tmp_path / "c" / "d").mkdir(parents=True)
     (tmp_path / "c" / "d" / "a.jsonl").write_bytes(
         b'{"text": "half \\ud83d pair \\ud83d\\ude00"}\n' + jsonl(texts_for("q"))
     )
     (tmp_path / "c" / "d" / "b.txt").write_bytes(b"latin \xe9 caf\xc3\xa9")
+    (tmp_path / "c" / "d" / "C.TXT").write_bytes(b"\xef\xbb\xbflatin \xe9 caf\xc3\xa9")  # the same, with a mark
+    (tmp_path / "c" / "d" / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(["marked"]))
+    (tmp_path / "c" / "stray.jsonl").write_bytes(jsonl(["in no sub-folder"]))
     prepare(str(tmp_path / "c"), tmp_path / "out", window=16, held_out=0.1)
+    out = capsys.readouterr().out
+    assert "1 documents hold U+FFFD" in out and "left out 1 files that are in no sub-folder, as stray.jsonl" in out
     data = TokenData(tmp_path / "out")
     everything = b"".join(documents_of(data, "d", "train"))
-    assert "half ? pair 😀".encode() in everything and "latin \ufffd café".encode() in everything
+    assert "half ? pair 😀".encode() in everything and everything.count("latin \ufffd café".encode()) == 1
+    assert b"marked" in everything and b"sub-folder" not in everything
 
 
 def test_vocabulary_beyond_16_bits(tmp_path, tiny_corpus):
@@ -550,6 +555,7 @@ def test_mistakes_are_one_line(tmp_path, source, args, message):
         ([b'{"txt": "a"}'], {}, r"x.jsonl:2: a line must be an object"),
         ([b'"text"'], {}, r"x.jsonl:2: a line must be an object"),
         ([b'{"text": 3}'], {}, r"x.jsonl:2: a line must be an object"),
+        ([b'{"text": "a", "x": ' + b"[" * 50_000], {}, r"x.jsonl:2: JSON that is nested too deeply"),
         ([], {"domain_field": "meta.set"}, r"x.jsonl:1: no domain in the field meta.set"),
         ([b'{"text": "a"}'], {}, r"domain d: it has .* held-out windows.*raise --held_out or lower --window"),
         ([], {"held_out": 1.5}, r"--held_out: 1.5 is out of range"),
@@ -564,7 +570,7 @@ def test_mistakes_name_the_place(tmp_path, lines, options, message):
 
 def test_more_mistakes(tmp_path, tiny_corpus, monkeypatch):
     (tmp_path / "d").mkdir()
-    with pytest.raises(ValueError, match="in sub-folders, one a domain"):
+    with pytest.raises(ValueError, match="in sub-folders, one per domain"):
         prepare(str(tmp_path), tmp_path / "out")
     with pytest.raises(ValueError, match="exists and is no data set"):
         prepare(str(tiny_corpus), tmp_path / "d")
@@ -572,9 +578,14 @@ def test_more_mistakes(tmp_path, tiny_corpus, monkeypatch):
     with pytest.raises(ValueError, match=r"x.jsonl.gz:\d+: "):
         prepare(str(tmp_path), tmp_path / "out")
     (tmp_path / "d" / "x.jsonl.gz").rename(tmp_path / "d" / "x.jsonl.zst")
-    pytest.importorskip("zstandard")
+    zstandard = pytest.importorskip("zstandard")
     with pytest.raises(ValueError, match=r"x.jsonl.zst:0: zstd"):
         prepare(str(tmp_path), tmp_path / "out")
+    frames = [zstandard.compress(jsonl(texts_for(x, 4000))) for x in "ab"]
+    for cut in (0, 10, len(frames[0]) // 2, len(frames[0]) - 1, len(frames[0]) + 5, sum(map(len, frames)) - 1):
+        (tmp_path / "d" / "x.jsonl.zst").write_bytes(b"".join(frames)[:cut])
+        with pytest.raises(ValueError, match=r"x.jsonl.zst:\d+: (the file is cut short|zstd)"):
+            list(prepare_data.read_file("d", tmp_path / "d" / "x.jsonl.zst"))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ValueError, match="pip install zstandard"):
         prepare(str(tmp_path), tmp_path / "out")
@@ -586,8 +597,22 @@ def test_more_mistakes(tmp_path, tiny_corpus, monkeypatch):
     with pytest.raises(ValueError, match="--tokenizer gpt2: cannot be downloaded.*use --tokenizer byte"):
         load_tokenizer("gpt2")
     (tmp_path / "sp.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\n\x00sentencepiece")
-    with pytest.raises(ValueError, match="not a tiktoken rank file"):
+    with pytest.raises(ValueError, match="not Llama 3's rank file"):
         load_tokenizer(str(tmp_path / "sp.model"))
+    ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    (tmp_path / "qwen.tiktoken").write_bytes(ranks)  # of another model, whose pattern nobody knows
+    with pytest.raises(ValueError, match="qwen.tiktoken: not Llama 3's rank file"):
+        load_tokenizer(str(tmp_path / "qwen.tiktoken"))
+    (tmp_path / "out").mkdir()
+    shutil.move(tmp_path / "out", tmp_path / ".new.partial")
+    (tmp_path / "d" / "x.jsonl.zst").unlink()
+    (tmp_path / "d" / "a.jsonl").write_bytes(jsonl(texts_for("z")))
+    with pytest.raises(ValueError, match=r".new.partial: of another process .* or of one that was killed"):
+        prepare(str(tmp_path), tmp_path / "new")
+    assert (tmp_path / ".new.partial").is_dir()
+    (tmp_path / "d" / "b.txt").write_bytes("Grüße".encode("utf-16"))
+    with pytest.raises(ValueError, match="b.txt: this is UTF-16"):
+        prepare(str(tmp_path), tmp_path / "other")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a tokenizer.json"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
