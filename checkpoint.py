@@ -4,14 +4,15 @@
     out/RUN/metrics.jsonl          what was measured, a line each; follows from the settings alone, to the last byte
     out/RUN/timings.jsonl          how fast it was: steps, tokens/s, memory
     out/RUN/checkpoints/step_N/    torch.distributed.checkpoint's files (weights, optimizer, gates, multipliers), a
-                                   shard a process, readable by any number of processes; and state.json: domain weights
-                                   and history, data position, how long metrics.jsonl was
+                                   shard per process, readable by any number of processes; and state.json: domain
+                                   weights and history, data position, how long metrics.jsonl was
     out/RUN/model/                 the finished model in Hugging Face's format
 
 A checkpoint and the model are written beside their place and renamed when they are whole, so whatever bears its name
 is whole. The first process writes and the others read: on several machines, `out` is on a file system that they share.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,23 +21,37 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import parallel
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, the one with the most steps last."""
+    found = [p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the most steps of a run, or None."""
-    found = [p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+    return next(reversed(checkpoints(run)), None)
+
+
+def read_checkpoint(content: dict, path: Path) -> None:
+    """Read a checkpoint's tensors into those of `content`, in place. ValueError where the files are damaged."""
+    try:
+        dcp.load(content, checkpoint_id=path, no_dist=parallel.size() == 1)
+    except CheckpointException as error:  # of all processes, and no subclass of Exception
+        raise ValueError(f"{path}: damaged: {next(iter(error.failures.values()))[0]}") from None
 
 
 class Run:
     """A run's directory. `finished`: it has a model. `state`: of the checkpoint it goes on from, None for a new run.
 
     resume: 'auto' goes on from the newest checkpoint; 'never' refuses where there is one; a path, of a run or of one
-    of its checkpoints, is what a new run goes on from (and is not touched). ValueError where the run was started with
-    other settings, except for those in `free`.
+    of its checkpoints, is what a new run goes on from (and is not touched). ValueError where either was started with
+    other settings, except for those in `free`, or is no run.
     """
 
     def __init__(self, out: str, settings: dict, free: set[str], resume: str = "auto"):
@@ -56,14 +71,18 @@ class Run:
                 )
             origin = self.checkpoint.parent.parent
         self.state = json.loads((self.checkpoint / "state.json").read_text()) if self.checkpoint else None
-        if self.finished or self.checkpoint:
-            old = json.loads((origin / "config.json").read_text())
+        for config in {self.path / "config.json", origin / "config.json"}:
+            if not config.exists():
+                continue
+            old = json.loads(config.read_text())
+            if "steps" not in old:  # a model's, which would be overwritten
+                raise ValueError(f"{config} is not of a run, choose another --out")
             changed = [
                 f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if k not in free and old.get(k) != v
             ]
             if changed:
                 raise ValueError(
-                    f"{origin} was started with other settings, choose another --out: {'; '.join(changed)}"
+                    f"{config.parent} was started with other settings, choose another --out: {'; '.join(changed)}"
                 )
 
     def open(self) -> None:
@@ -71,13 +90,19 @@ class Run:
         parallel.barrier()  # until all have looked
         if parallel.size() > 1:
             self.group = dist.new_group(backend="gloo")  # an asynchronous save talks while training talks
-        if not parallel.main():
+        if not parallel.is_first():
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        self.metrics, self.timings = (open(self.path / name, "ab") for name in ("metrics.jsonl", "timings.jsonl"))
+        try:
+            fcntl.lockf(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+        except BlockingIOError:
+            raise ValueError(f"{self.path}: another process is at work on this run") from None
+        except OSError:
+            pass  # a file system without locks
         partial = self.path / "config.json.partial"
         partial.write_text(json.dumps(self.settings, indent=2) + "\n")
         os.replace(partial, self.path / "config.json")
-        self.metrics, self.timings = (open(self.path / name, "ab") for name in ("metrics.jsonl", "timings.jsonl"))
         # what a dead run logged after its last checkpoint will be logged again
         length = self.state["metrics_bytes"] if self.state else 0
         if self.checkpoint and self.checkpoint.parent.parent != self.path:
@@ -97,10 +122,10 @@ class Run:
         """Write a checkpoint, keep the newest `keep`. In the background, training goes on as soon as it is copied."""
         self.finish_save()
         final = self.path / "checkpoints" / f"step_{step:06d}"
-        if parallel.from_main(final.exists()):
+        if parallel.from_first(final.exists()):
             return
         partial = final.with_name(final.name + ".partial")
-        if parallel.main():
+        if parallel.is_first():
             for left_over in final.parent.glob("*.partial"):
                 shutil.rmtree(left_over)
             partial.mkdir(parents=True)
@@ -127,16 +152,16 @@ class Run:
                 return
             saving.result()
         self.pending = None
-        if parallel.main():  # its part of a save ends when all the others' have
+        if parallel.is_first():  # its part of a save ends when all the others' have
             partial.rename(final)
-            for old in sorted(final.parent.glob("step_*[0-9]"), key=lambda p: int(p.name[5:]))[:-keep]:
+            for old in checkpoints(final.parent.parent)[:-keep]:
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
 
     def load(self, tree: nn.Module, optimizer) -> None:
         """Load weights and optimizer state from the checkpoint that this run goes on from, in place."""
         weights, moments = get_state_dict(tree, optimizer)
         content = {"weights": weights, "optimizer": moments}
-        dcp.load(content, checkpoint_id=self.checkpoint, no_dist=parallel.size() == 1)
+        read_checkpoint(content, self.checkpoint)
         set_state_dict(tree, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 

@@ -4,11 +4,12 @@
     data/NAME/<domain>/train.bin  and val.bin, test.bin: little-endian uint16 (uint32 where the vocabulary is larger
                                   than 65,536), an eot token after each document
 
-`bytes` counts the UTF-8 bytes of the text that a split's tokens stand for (eot: 0), so a loss in nats a token is
-loss * tokens / bytes / ln 2 bits a byte, which can be compared between tokenizers.
+`bytes` counts the UTF-8 bytes of the text that a split's tokens stand for (eot: 0), so a loss in nats per token is
+loss * tokens / bytes / ln 2 bits per byte, which can be compared between tokenizers.
 """
 
 import difflib
+import hashlib
 import json
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class TokenData:
     meta         meta.json                               vocab_size  largest id + 1
     tokenizer    for load_tokenizer()                    eot         id of the token after each document
     fingerprint  what the tokenizer makes of awkward text, to compare with a model's
+    digest       of all that tells it from other data: counts, tokenizer, seed
 
     `domains` restricts it to some domains, in that order. Raises ValueError for whatever is wrong with the files.
     """
@@ -51,10 +53,12 @@ class TokenData:
             raise ValueError(f"{self.path / 'meta.json'}: not a data set's: {error} is missing or unknown") from None
         except ValueError as error:
             raise ValueError(f"{self.path / 'meta.json'}: {error}") from None
-        self.domains = sorted(counts) if domains is None else list(domains)
+        what = json.dumps([self.meta["domains"], self.fingerprint, self.meta.get("seed")])
+        self.digest = hashlib.sha256(what.encode()).hexdigest()[:16]
+        self.domains = sorted(counts) if domains is None else list(map(str, domains))
         for domain in self.domains:
-            if str(domain) not in counts:
-                near = difflib.get_close_matches(str(domain), counts, n=1)
+            if domain not in counts:
+                near = difflib.get_close_matches(domain, counts, n=1)
                 hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(counts))}"
                 raise ValueError(f"{self.path}: no domain {domain}{hint}")
         if not self.domains or len(set(self.domains)) < len(self.domains):
@@ -84,7 +88,7 @@ class TokenData:
         return (len(self._tokens[domain, split]) - 1) // seq_len
 
     def bytes_per_token(self, domain: str, split: str) -> float:
-        """UTF-8 bytes of text a token; bits a byte = loss in nats / ln 2 / this."""
+        """UTF-8 bytes of text per token; bits per byte = loss in nats / ln 2 / this."""
         counts = self.meta["domains"][domain][split]
         return counts["bytes"] / counts["tokens"]
 
@@ -114,7 +118,7 @@ class BatchReader:
     """Batches of training sequences, each sequence's domain drawn from the weights of the moment.
 
     A domain's sequences come in the order of a permutation keyed by (seed, domain, epoch): none comes back before all
-    have come. What a batch holds follows from (seed, step, weights) and one counter a domain, which is all the state.
+    have come. What a batch holds follows from (seed, step, weights) and one counter per domain, which is all the state.
     """
 
     def __init__(self, data: TokenData, seq_len: int, batch_size: int, seed: int):

@@ -22,10 +22,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch.distributed import checkpoint as dcp
 
 import parallel
-from checkpoint import newest_checkpoint
+from checkpoint import newest_checkpoint, read_checkpoint
 from continuation import Question, accuracy, log_likelihoods, make_questions, read_questions, write_questions
 from data import TokenData
 from masks import PruningMasks, extract
@@ -35,6 +34,7 @@ from tokenizer import fingerprint, load_tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
 
+TRAINED_WITH = "trained_with.json"  # beside a model that train.py wrote: the tokenizer of its data, and fingerprint
 QUESTIONS_A_DOMAIN = 200
 PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens generated, times measured
 
@@ -46,7 +46,7 @@ PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens gen
 def domain_losses(
     model, data: TokenData, split: str, seq_len: int, sequences: int, batch_size: int, z: Gates | None = None
 ) -> dict[str, float]:
-    """Mean cross entropy in nats a token of each domain, over `sequences` windows spread evenly (0: over all).
+    """Mean cross entropy in nats per token of each domain, over `sequences` windows spread evenly (0: over all).
 
     Several processes share the windows, and all get the same numbers.
     """
@@ -65,7 +65,8 @@ def domain_losses(
 
 
 def bits_per_byte(losses: dict[str, float], data: TokenData, split: str) -> dict[str, float]:
-    """Nats a token -> bits a byte of the text, for each domain."""
+    """Nats per token -> bits per byte of the text, by domain, at the whole split's bytes per token: a few windows may
+    have others."""
     return {d: loss / math.log(2) / data.bytes_per_token(d, split) for d, loss in losses.items()}
 
 
@@ -124,19 +125,22 @@ def model_directory(path: str | Path) -> Path | None:
 
 
 def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> None:
-    """ValueError unless the model can read the data: a vocabulary as large, and its own tokenizer if it has one."""
+    """ValueError unless the model can read the data: a vocabulary as large, and its own tokenizer if that is known."""
     if config.vocab_size < data.vocab_size:
         raise ValueError(
             f"{path}: its vocabulary has {config.vocab_size} tokens, {data.path} needs {data.vocab_size} "
             f"({data.tokenizer}): prepare the text with the model's own tokenizer"
         )
-    directory = model_directory(path)
-    if directory is not None and any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        if fingerprint(load_tokenizer(str(directory))) != data.fingerprint:
-            raise ValueError(
-                f"{path}: its tokenizer is not the one {data.path} was prepared with ({data.tokenizer}): "
-                f"prepare the text with --tokenizer {directory}"
-            )
+    directory, own, its = model_directory(path), None, None
+    if directory is not None and (directory / TRAINED_WITH).is_file():
+        own, its = json.loads((directory / TRAINED_WITH).read_text()).values()
+    elif directory is not None and any((directory / x).is_file() for x in ("tokenizer.json", "tokenizer.model")):
+        own, its = directory, fingerprint(load_tokenizer(str(directory)))
+    if its not in (None, data.fingerprint):
+        raise ValueError(
+            f"{path}: its tokenizer is not the one {data.path} was prepared with ({data.tokenizer}): "
+            f"prepare the text with --tokenizer {own}"
+        )
 
 
 def load_model(path: str | Path) -> Llama:
@@ -154,7 +158,7 @@ def load_model(path: str | Path) -> Llama:
     if target is not None:
         tree["masks"] = PruningMasks(source, LlamaConfig(**target), 0)
     weights = tree.state_dict()
-    dcp.load({"weights": weights}, checkpoint_id=checkpoint, no_dist=True)
+    read_checkpoint({"weights": weights}, checkpoint)
     tree.load_state_dict(weights)
     return tree["model"] if target is None else extract(tree["model"], tree["masks"])
 
@@ -191,7 +195,7 @@ def evaluate(names: list[str], models: list[Llama], data: TokenData, args) -> di
 
 
 def table(results: dict) -> str:
-    """The results as text: a row a domain, a block of columns a model."""
+    """The results as text: a row per domain, a block of columns per model."""
     names, domains = list(results), list(next(iter(results.values()))["domains"])
     width = max(map(len, [*domains, "prefill tokens/s"]))
     columns = {"loss": ("loss", 9, 3), "ppl": ("perplexity", 8, 2)}  # title -> key, width, decimals
@@ -268,11 +272,15 @@ def main():
     parser.add_argument("models", nargs="+", metavar="MODEL_OR_RUN")
     parser.add_argument("--data", required=True, help="data set made by prepare_data.py")
     parser.add_argument("--continuation", action="store_true", help="ask which of two continuations is the true one")
-    parser.add_argument("--questions", nargs="+", metavar="FILE", help="of the .jsonl files instead, one a domain")
+    parser.add_argument("--questions", nargs="+", metavar="FILE", help="of the .jsonl files instead, one per domain")
     parser.add_argument("--write_questions", metavar="DIR", help="write the questions that are asked as .jsonl files")
     parser.add_argument("--split", default="test", choices=["val", "test", "train"])
-    parser.add_argument("--seq_len", type=int, default=0, help="tokens a window (default: the data's window, or less)")
-    parser.add_argument("--sequences", type=int, default=0, help="windows a domain (default: all), or questions (200)")
+    parser.add_argument(
+        "--seq_len", type=int, default=0, help="tokens per window (default: the data's window, or less)"
+    )
+    parser.add_argument(
+        "--sequences", type=int, default=0, help="windows per domain (default: all), or questions (200)"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--json", metavar="FILE", help="write the results here, too")
     parser.add_argument("--sample", metavar="TEXT", help="continue this text with each model instead")
@@ -292,9 +300,12 @@ def main():
         if args.json and not Path(args.json).absolute().parent.is_dir():
             raise ValueError(f"--json {args.json}: no such directory")
         longest = min(model.config.max_seq_len for model in models)
-        args.seq_len = args.seq_len or min(data.meta["window"], longest)
+        shortest = min(data.tokens(domain, args.split).size for domain in data.domains)
+        args.seq_len = args.seq_len or min(data.meta["window"], longest, shortest - 1)
         if not 0 < args.seq_len <= longest:
             raise ValueError(f"--seq_len {args.seq_len}: the models take 1 to {longest} tokens")
+        for domain in data.domains:
+            data.eval_sequences(domain, args.split, args.seq_len, 1)  # is there enough text?
         asking = args.continuation or args.questions or args.write_questions
         tokenizer = load_tokenizer(data.tokenizer) if asking or args.sample is not None else None
         questions = ask(data, tokenizer, args) if asking else None

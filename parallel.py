@@ -64,7 +64,7 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def main() -> bool:
+def is_first() -> bool:
     """Whether this is the process that prints and writes."""
     return rank() == 0
 
@@ -89,7 +89,7 @@ def any_of(flag: bool) -> bool:
     return bool(sum_(torch.tensor(float(flag))))
 
 
-def from_main(value):
+def from_first(value):
     """The first process's value, a small Python object: two machines may differ in the last digit of a sum."""
     if size() > 1:
         box = [value]

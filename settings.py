@@ -1,6 +1,6 @@
 """Settings: one dataclass, a config file that is read but never executed, `--key=value` on top.
 
-    python train.py config/toy_prune.py --steps=100 --lr=1e-3      # the file, then the overrides
+    python train.py config/toy_prune.py --steps=800 --lr=1e-3      # the file, then the overrides
     python train.py --help                                         # every field, its default and its meaning
 
 A config file is plain Python assignments of literals and arithmetic on them (`tokens = 32 * 4096`). It is parsed,

@@ -36,8 +36,8 @@ import cost
 import parallel
 from checkpoint import Run, newest_checkpoint
 from data import BatchReader, TokenData
-from dro import Mixture
-from eval import bits_per_byte, check_tokenizer, domain_losses, find_device, model_directory
+from dro import MORE_POINTS_THAN, Mixture
+from eval import TRAINED_WITH, bits_per_byte, check_tokenizer, domain_losses, find_device, model_directory
 from masks import PruningMasks, describe, extract, magnitude_scores, random_scores, scores_of
 from model import Gates, Llama, LlamaConfig, read_config
 from settings import load, user_errors
@@ -71,7 +71,7 @@ class Settings:
     d_model: Annotated[int, "hidden dimensions"] = 128
     n_head: Annotated[int, "query heads"] = 4
     n_kv_head: Annotated[int, "key/value heads, 0 = n_head"] = 0
-    head_dim: Annotated[int, "dimensions a head, 0 = d_model / n_head"] = 0
+    head_dim: Annotated[int, "dimensions per head, 0 = d_model / n_head"] = 0
     d_ffn: Annotated[int, "feed-forward dimensions"] = 344
     tie_embeddings: Annotated[bool, "share input and output embedding"] = False
     target_n_layer: Annotated[int, "layers to keep, 0 = all"] = 0
@@ -80,7 +80,7 @@ class Settings:
     target_d_ffn: Annotated[int, "feed-forward dimensions to keep a layer, 0 = all"] = 0
 
     # gates
-    gate_samples: Annotated[int, "times a step that gates are drawn, each for an equal part of the batch"] = 1
+    gate_samples: Annotated[int, "times per step that gates are drawn, each for an equal part of the batch"] = 1
     gates: Annotated[str, "'learned'; or cut first, then train: 'random', 'magnitude', or a pruning.json"] = "learned"
     sparsity_warmup: Annotated[int, "steps in which the target sparsity ramps up"] = 640
     gate_lr: Annotated[float, "peak learning rate of log_alpha"] = 1.0
@@ -90,11 +90,11 @@ class Settings:
 
     # optimization
     steps: Annotated[int, "optimizer steps"] = 1000
-    batch_size: Annotated[int, "sequences a step"] = 8
+    batch_size: Annotated[int, "sequences per step"] = 8
     micro_batch: Annotated[
         int, "sequences at once in a process, 0 = as many as it can be; only rounding depends on it"
     ] = 0
-    seq_len: Annotated[int, "tokens a sequence"] = 256
+    seq_len: Annotated[int, "tokens per sequence"] = 256
     lr: Annotated[float, "peak learning rate of the weights; all rates follow the same warm-up and cosine"] = 1e-4
     min_lr: Annotated[float, "final learning rates as a share of the peak"] = 0.1
     warmup: Annotated[int, "steps of linear learning-rate warm-up"] = 0
@@ -112,18 +112,22 @@ class Settings:
     law: Annotated[
         Literal["rate", "paper"], "what predicts: eq. 4 with a learning-rate term, all domains together; or eq. 4 alone"
     ] = "rate"
-    reference_losses: Annotated[dict, "first reference loss of each domain in nats a token"] = field(
+    reference_losses: Annotated[dict, "first reference loss of each domain in nats per token"] = field(
         default_factory=dict
     )
     reference_model: Annotated[str, "model whose validation losses are the first references, '' = none"] = ""
     rho: Annotated[float, "radius of the robust set (eq. 5)"] = 0.1
-    floor: Annotated[float, "least weight of a domain, as a share of its reference ratio"] = 0.2
+    floor: Annotated[
+        float, "least weight of a domain, as a share of its reference ratio, before the weights are made to sum to 1"
+    ] = 0.2
     delta: Annotated[float, "how fast the reference ratio follows the weights"] = 0.1
-    bound: Annotated[float, "the reference ratio stays within 1/bound and bound times the initial one"] = 2.0
+    bound: Annotated[
+        float, "reference ratio: 1/bound to bound times the initial one, and within its smallest and largest share"
+    ] = 2.0
     step_size: Annotated[float, "step size of the sheared schedule"] = 1.0
     clip_excess: Annotated[bool, "sheared: count losses below the reference as 0, as its paper has it"] = False
     eval_interval: Annotated[int, "steps between evaluations"] = 50
-    eval_sequences: Annotated[int, "validation sequences a domain"] = 16
+    eval_sequences: Annotated[int, "validation sequences per domain"] = 16
 
     # machine
     seed: Annotated[int, "seed of initial weights, gates and data order"] = 0
@@ -137,12 +141,12 @@ class Settings:
     log_interval: Annotated[int, "steps between log lines"] = 10
 
     # what would it cost?
-    dry_run: Annotated[bool, "run one step without memory and print what the run would need; nothing is written"] = (
+    dry_run: Annotated[bool, "run two steps without memory and print what the run would need; nothing is written"] = (
         False
     )
     world_size: Annotated[int, "of the dry run: GPUs"] = 1
     gpu: Annotated[str, "of the dry run: h100, h200, a100, a100-40gb, or a memory size such as 24GB"] = "h100"
-    utilisation: Annotated[float, "of the dry run: share of the GPU's bf16 peak that is reached"] = 0.4
+    utilisation: Annotated[float, "of the dry run: share of the GPU's peak (in the run's dtype) that is reached"] = 0.4
 
     def __post_init__(self):
         positive = "steps batch_size seq_len n_layer d_model n_head d_ffn eval_interval eval_sequences log_interval "
@@ -171,6 +175,19 @@ class Settings:
         references = self.reference_losses or self.reference_model or self.dynamic_reference
         if self.schedule != "constant" and not references:
             wrong.append(f"schedule = '{self.schedule}' needs references: set reference_model or reference_losses")
+        if self.reference_losses and self.reference_model:
+            wrong.append("reference_losses and reference_model are both set, one of them must be empty")
+        predicted_only = self.dynamic_reference and not self.reference_losses and not self.reference_model
+        if self.schedule != "constant" and predicted_only and self.steps <= self.eval_interval * (MORE_POINTS_THAN + 1):
+            wrong.append(
+                f"eval_interval = {self.eval_interval} must be below steps / {MORE_POINTS_THAN + 1}: with no "
+                f"references given, the domain weights move only after more than {MORE_POINTS_THAN} evaluations"
+            )
+        if self.is_pruning and self.gates == "learned" and self.sparsity_warmup >= self.steps:
+            wrong.append(
+                f"sparsity_warmup = {self.sparsity_warmup} must be below steps = {self.steps}: only after "
+                "it is the target sparsity reached"
+            )
         if self.gates != "learned" and not self.is_pruning:
             wrong.append(f"gates = '{self.gates}' needs a target shape")
         if self.is_pruning and not self.init_from:
@@ -179,8 +196,8 @@ class Settings:
             raise ValueError("; ".join(wrong))
 
     def rows(self, processes: int) -> tuple[int, int]:
-        """Sequences of a step's batch that one of so many processes takes, and how many of them at once: a micro-batch
-        never has two samples of the gates. ValueError where that does not come out even."""
+        """(sequences of a step's batch per process, sequences per micro-batch); a micro-batch never has two samples of
+        the gates. ValueError where they do not divide."""
         if self.batch_size % processes:
             raise ValueError(f"batch_size = {self.batch_size} must be a multiple of the {processes} processes")
         mine, sample = self.batch_size // processes, self.batch_size // self.gate_samples
@@ -335,6 +352,14 @@ def make_mixture(s: Settings, data: TokenData, references: dict[str, float] | No
     )
 
 
+def measure_references(s: Settings, data: TokenData, device, sharding: dict, micro_batch: int) -> dict[str, float]:
+    """Validation losses of the reference model, by domain. It is gone from memory afterwards."""
+    say(f"measuring the reference losses on {s.reference_model}")
+    model = parallel.read_model(directory_of(s.reference_model), device, **sharding)
+    with autocast(s, model):
+        return domain_losses(model, data, "val", s.seq_len, s.eval_sequences, micro_batch)
+
+
 def lr_scale(step: int, s: Settings) -> float:
     """Share of the peak learning rate at a step: linear warm-up, then cosine down to min_lr."""
     if step < s.warmup:
@@ -370,12 +395,12 @@ class Trainer:
         for row in range(0, self.rows, self.micro_batch):
             part = slice(row, row + self.micro_batch)
             self.accumulate(step, row, tokens[part], domain[part])
-        if masks:
+        if masks:  # each process has its rows' share of the cross entropy, but all of the constraint: that comes after
             parallel.average_gradients(masks.parameters())
             self.constraint, self.stats = masks.lagrangian(step)
             self.constraint.backward()
         self.norm = parallel.clip_gradients(self.tree.values(), s.grad_clip or math.inf)
-        # from a gradient that is not finite on, AdamW changes nothing (`found_inf`), so that a log line can tell of it
+        # once a gradient is not finite, `found_inf` makes AdamW skip this and all later steps; `check` tells of it
         self.bad_step = torch.where((self.bad_step < 0) & ~self.norm.isfinite(), float(step), self.bad_step)
         self.optimizer.found_inf = (self.bad_step >= 0).float()
         self.optimizer.step()
@@ -392,7 +417,7 @@ class Trainer:
         with parallel.synchronised(self.engine, now=last or s.shard_gradients):
             with autocast(s, self.model):
                 nll = self.engine(tokens[:, :-1], z, targets=tokens[:, 1:])  # (b, T)
-            # the processes' gradients are averaged, so each counts its share as often as there are processes
+            # the processes' gradients are averaged: times their number, this is the mean over the global batch
             (nll.sum() * (parallel.size() / (s.batch_size * s.seq_len))).backward()
         counts = torch.full_like(domain, s.seq_len, dtype=torch.float64)
         self.unlogged.index_add_(1, domain, torch.stack((nll.detach().sum(1, dtype=torch.float64), counts)))
@@ -425,22 +450,23 @@ def main():
         run = Run(s.out, asdict(s), FREE, s.resume)
         if run.finished:
             return say(f"{run.path / 'model'} is finished already")
+        if run.state and run.state.get("data") != data.digest:
+            raise ValueError(f"{s.data} was prepared again, with other text or options, since {s.out} was started")
         reader = BatchReader(data, s.seq_len, s.batch_size, s.seed)
         for domain in data.domains:
             data.eval_sequences(domain, "val", s.seq_len, 1)  # is there enough text?
         config = make_config(s, data)
         masks = make_masks(s, config)
         mixture = make_mixture(s, data, s.reference_losses or None)
-        teacher = directory_of(s.reference_model) if s.reference_model and not s.reference_losses else None
-        if teacher:
-            check_model(s, s.reference_model, read_config(teacher), data)
+        if s.reference_model:
+            check_model(s, s.reference_model, read_config(directory_of(s.reference_model)), data)
         mesh = parallel.make_mesh(device) if s.parallel == "fsdp" else None
         sharding = {"mesh": mesh, "dtype": torch.bfloat16 if s.dtype == "bfloat16" else None}
 
         start = directory_of(s.init_from) if s.init_from else s.seed
         if masks and s.gates != "learned":
             start = run.path / "start"
-            if run.state is None and parallel.main():
+            if run.state is None and parallel.is_first():
                 cut(s, masks, start)
             config, masks = masks.target, None
         parallel.barrier()
@@ -452,24 +478,25 @@ def main():
             checkpoint_layers=s.activation_checkpointing,
             compiled=s.compile,
         )
-        if teacher and run.state is None:
-            say(f"measuring the reference losses on {s.reference_model}")
-            teacher = parallel.read_model(teacher, device, **sharding)
-            with autocast(s, teacher):
-                references = domain_losses(teacher, data, "val", s.seq_len, s.eval_sequences, micro_batch)
-            mixture = make_mixture(s, data, references)
-        teacher = None
+        if s.reference_model and run.state is None:
+            mixture = make_mixture(s, data, measure_references(s, data, device, sharding, micro_batch))
         run.open()
     for key, value in asdict(s).items():
         say(f"{key} = {value!r}")
+    if s.seq_len > data.meta["window"]:
+        say(
+            f"note: a validation sequence of {s.seq_len} tokens is of unrelated pieces of {data.meta['window']}; "
+            f"prepare_data.py --window {s.seq_len} makes them whole"
+        )
 
     trainer = Trainer(s, model, masks.to(device) if masks else None, len(data.domains))
     first, seconds, tokens_per_step = 0, 0.0, s.batch_size * s.seq_len
     if run.state is not None:
-        run.load(trainer.tree, trainer.optimizer)
+        with user_errors():
+            run.load(trainer.tree, trainer.optimizer)
         mixture.state, first, seconds = run.state["mixture"], run.state["step"], run.state["seconds"]
         reader.load_state_dict(run.state["reader"])
-        if parallel.main():
+        if parallel.is_first():
             trainer.unlogged += torch.tensor(run.state["unlogged"], dtype=torch.float64, device=device)
         say(f"going on from {run.checkpoint}")
     else:
@@ -487,6 +514,8 @@ def main():
             target=masks.target.shape if masks else None,
             parameters=config.n_params(),
         )
+    started = since = time.time()
+    position, seen = reader.state_dict(), reader.tokens_seen()  # of the batches that were trained on
     interrupted = []
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, frame: interrupted.append(number))
@@ -501,6 +530,7 @@ def main():
         state = {
             "source": asdict(config),
             "target": asdict(masks.target) if masks else None,
+            "data": data.digest,
             "mixture": mixture.state,
             "reader": position,
             "unlogged": trainer.measured().tolist(),
@@ -508,8 +538,6 @@ def main():
         }
         run.save(step, trainer.tree, trainer.optimizer, state, s.keep_checkpoints, in_background=device.type == "cuda")
 
-    started = since = time.time()
-    position, seen = reader.state_dict(), reader.tokens_seen()  # of the batches that were trained on
     try:
         if first == 0:
             evaluate(s, trainer, data, mixture, run, 0, seen)
@@ -537,7 +565,7 @@ def main():
                 trainer.check(data.domains)
                 before = time.time()
                 evaluate(s, trainer, data, mixture, run, done, seen)
-                since += time.time() - before
+                since += time.time() - before  # is no training time
                 if done < s.steps:
                     upcoming = ahead.submit(fetch, done)  # by the new weights
             stop = parallel.any_of(bool(interrupted)) or done == s.stop_at
@@ -580,7 +608,7 @@ def evaluate(s: Settings, trainer: Trainer, data: TokenData, mixture: Mixture, r
         )
     except ValueError as error:
         give_up(f"step {step}: {error}")
-    mixture.state = parallel.from_main(mixture.state)
+    mixture.state = parallel.from_first(mixture.state)
     laws, tokens_per_step = fits["laws"], s.batch_size * s.seq_len
     curve = None
     if any(laws):  # the fitted laws from here to the end of the run: the tokens go on as now, P and rate as scheduled
@@ -604,7 +632,7 @@ def evaluate(s: Settings, trainer: Trainer, data: TokenData, mixture: Mixture, r
         curve=curve,
         ratio=by_domain(domains, mixture.state["ratio"]),
         weights=by_domain(domains, mixture.weights),
-        **({"gates": gate_picture(z), "sparsity": read(masks.lagrangian(step)[1])["sparsity"]} if masks else {}),
+        **({"gates": gate_picture(z), "sparsity": by_name(masks.lagrangian(step)[1])["sparsity"]} if masks else {}),
     )
     say(
         f"step {step}: validation loss {np.mean(list(losses.values())):.4f}  "
@@ -619,7 +647,7 @@ def log(s: Settings, trainer: Trainer, domains: list[str], mixture: Mixture, run
     sums, counts = trainer.measured()
     trainer.unlogged.zero_()
     means = (sums / counts).tolist()
-    constraint = {"constraint": trainer.constraint.item(), **read(trainer.stats)} if trainer.masks else {}
+    constraint = {"constraint": trainer.constraint.item(), **by_name(trainer.stats)} if trainer.masks else {}
     lr = trainer.optimizer.param_groups[0]["lr"]
     loss = (sums.sum() / counts.sum()).item()
     run.log(
@@ -638,7 +666,7 @@ def log(s: Settings, trainer: Trainer, domains: list[str], mixture: Mixture, run
         text += f"  constraint {constraint['constraint']:+.4f}  sparsity " + " ".join(
             f"{g} {x:.3f}/{constraint['target_sparsity'][g]:.3f}" for g, x in constraint["sparsity"].items()
         )
-    if parallel.main():
+    if parallel.is_first():
         print(f"{text}  lr {lr:.2e}", end="  ")
 
 
@@ -662,15 +690,11 @@ def finish(s: Settings, trainer: Trainer, data: TokenData, run: Run, micro_batch
     masks, partial = trainer.masks, run.path / "model.partial"
     whole = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     picture = gate_picture(masks.deterministic(at_target=True)) if masks else None
-    if parallel.main():
+    if parallel.is_first():
         model = Llama.of_weights(trainer.model.config, whole)
         kept = describe(masks.cpu()) if masks else None
-        save_model(
-            partial,
-            extract(model, masks) if masks else model,
-            kept,
-            model_directory(s.init_from) if s.init_from else None,
-        )
+        origin = model_directory(s.init_from) if s.init_from else None
+        save_model(partial, extract(model, masks) if masks else model, kept, origin, data)
         del model
     del whole
     parallel.barrier()
@@ -685,17 +709,20 @@ def finish(s: Settings, trainer: Trainer, data: TokenData, run: Run, micro_batch
         parameters=small.config.n_params(),
         gates=picture,
     )
-    if parallel.main():
+    if parallel.is_first():
         shutil.rmtree(run.path / "start", ignore_errors=True)
         partial.rename(run.path / "model")
     mean = np.mean(list(losses.values()))
     say(f"{run.path / 'model'}: {small.config.n_params():,} parameters, validation loss {mean:.4f}")
 
 
-def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None) -> None:
-    """Write a model directory, with pruning.json (which indices were kept) and the tokenizer files of `origin`."""
+def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None, data: TokenData) -> None:
+    """Write a model directory, with pruning.json (which indices were kept), the tokenizer files of `origin`, and which
+    tokenizer the text was prepared with."""
     shutil.rmtree(path, ignore_errors=True)
     model.save_pretrained(path)
+    trained_with = {"tokenizer": data.tokenizer, "fingerprint": data.fingerprint}
+    (path / TRAINED_WITH).write_text(json.dumps(trained_with))
     if kept is not None:
         (path / "pruning.json").write_text(json.dumps(kept))
     for name in TOKENIZER_FILES:
@@ -712,12 +739,12 @@ def autocast(s: Settings, model: Llama):
 
 def give_up(text: str) -> None:
     """End all processes, which are all here; one of them says why."""
-    sys.exit(f"train.py: {text}" if parallel.main() else 1)
+    sys.exit(f"train.py: {text}" if parallel.is_first() else 1)
 
 
 def say(text: str) -> None:
     """Print, in one process."""
-    if parallel.main():
+    if parallel.is_first():
         print(text, flush=True)
 
 
@@ -733,7 +760,7 @@ def by_domain(domains: list[str], values) -> dict:
     return {d: v if v is None or isinstance(v, str) else np.asarray(v).item() for d, v in zip(domains, values)}
 
 
-def read(stats: dict) -> dict:
+def by_name(stats: dict) -> dict:
     """granularity -> {name: tensor}, as `lagrangian` gives it, to name -> {granularity: number} for a log line."""
     names = next(iter(stats.values()))
     return {name: {g: float(values[name]) for g, values in stats.items()} for name in names}

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 from conftest import ROOT, SHAPE, metrics, run
 from torch.distributed import checkpoint as dcp
 
+import eval as eval_module
 import train
 from checkpoint import Run, newest_checkpoint
 
@@ -119,6 +121,65 @@ def test_what_is_half_written_is_never_read(chain, tmp_path, monkeypatch, capsys
     assert run(monkeypatch, *mine) == 0 and "step_000020" in capsys.readouterr().out
     assert metrics(tmp_path / "x")[1:] == metrics(out["continue"])[1:]
     assert not [*(tmp_path / "x").rglob("*.partial")]
+
+
+def test_what_is_no_run_or_another_one_is_not_overwritten(chain, tiny_data, tmp_path, monkeypatch, capsys):
+    out, _ = chain
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=20"]
+    shutil.copytree(out["pretrain"] / "model", tmp_path / "x")
+    before = {p: p.read_bytes() for p in (tmp_path / "x").iterdir()}
+    assert run(monkeypatch, *args, f"--init_from={tmp_path / 'x'}") == 2
+    assert "config.json is not of a run" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "x").iterdir()}
+
+    shutil.rmtree(tmp_path / "x")
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: sys.exit(9))  # dies before its first checkpoint
+    assert run(monkeypatch, *args) == 9
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    log = (tmp_path / "x" / "metrics.jsonl").read_bytes()
+    assert run(monkeypatch, *args, "--lr=1.0", "--resume=never") == 2
+    assert "started with other settings" in capsys.readouterr().err
+    assert log and log == (tmp_path / "x" / "metrics.jsonl").read_bytes()
+
+    hold = (
+        "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "x" / "metrics.jsonl"], stdin=-1, stdout=-1)
+    other.stdout.readline()  # it has the file
+    assert run(monkeypatch, *args) == 2
+    assert "another process is at work on this run" in capsys.readouterr().err
+    assert log == (tmp_path / "x" / "metrics.jsonl").read_bytes()
+    other.communicate(b"\n")
+    assert run(monkeypatch, *args) == 0
+
+
+def test_a_run_goes_on_with_its_own_data_and_whole_checkpoints(tiny_data, tmp_path, monkeypatch, capsys):
+    data, x = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "x"
+    args = [f"--data={data}", f"--out={x}", "--steps=30", "--keep_checkpoints=1"]
+    assert run(monkeypatch, *args, "--stop_at=10") == 0
+    meta = (data / "meta.json").read_text()
+    (data / "meta.json").write_text(meta.replace('"seed": 0', '"seed": 1'))
+    assert run(monkeypatch, *args) == 2
+    assert "was prepared again" in capsys.readouterr().err
+    (data / "meta.json").write_text(meta)
+    copy = shutil.copytree(x / "checkpoints" / "step_000010", x / "checkpoints" / "step_000010-mine")
+    shutil.copytree(copy, copy.with_name("step_000010_2"))
+    (weights,) = (x / "checkpoints" / "step_000010").glob("*.distcp")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    assert run(monkeypatch, *args) == 2
+    err = capsys.readouterr().err
+    assert "step_000010: damaged" in err and err.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(x), f"--data={data}"])
+    with pytest.raises(SystemExit) as end:
+        eval_module.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "step_000010: damaged" in err and err.count("\n") == 1
+    weights.write_bytes(whole)
+    assert run(monkeypatch, *args) == 0
+    names = sorted(p.name for p in (x / "checkpoints").iterdir())
+    assert names == ["step_000010-mine", "step_000010_2", "step_000030"]  # a user's copies are not ours to delete
 
 
 def test_state_does_not_grow_with_the_tokens(tiny_data, tmp_path, monkeypatch):

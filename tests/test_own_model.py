@@ -107,6 +107,11 @@ def test_text_of_another_tokenizer_is_refused(theirs, data, tiny_data, tmp_path,
     config = json.loads((small / "config.json").read_text())
     assert config["vocab_size"] == 512  # without tokenizer files only the size can be checked
     assert run(monkeypatch, f"--data={tiny_data}", "--steps=2", f"--out={tmp_path / 'y'}", f"--init_from={small}") == 0
+    # but a model that was trained here knows its text's tokenizer
+    args = ["--steps=2", f"--init_from={tmp_path / 'y'}", f"--out={tmp_path / 'z'}"]
+    assert run(monkeypatch, f"--data={data}", *args) == 2
+    err = capsys.readouterr().err
+    assert "its tokenizer is not the one" in err and "--tokenizer byte" in err
 
 
 def test_fingerprints_tell_tokenizers_apart(theirs):

@@ -52,6 +52,7 @@ def pruning(tiny_data, tmp_path_factory):
     source = [f"--init_from={top / 'source'}", f"--reference_model={top / 'source'}", *TARGET, *GATES]
     robust = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=1 --log_interval=1".split()
     args = [*source, *robust, *shape, "--gate_samples=4", "--steps=20", "--warmup=2", "--eval_sequences=5"]
+    args += ["--sparsity_warmup=15"]
     assert run(patch, *args, f"--out={top / 'one'}") == 0
     patch.undo()
     return [*SHAPE, *args], metrics(top / "one")
@@ -268,7 +269,7 @@ def test_predicted_memory_is_what_a_process_takes(options):
 
 
 def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
-    """Two ranks of a small Llama: weights and AdamW's state are half of 4 and 8 bytes a parameter."""
+    """Two ranks of a small Llama: weights and AdamW's state are half of 4 and 8 bytes per parameter."""
     args = "--n_layer=4 --d_model=256 --n_head=4 --d_ffn=688 --parallel=fsdp --dtype=bfloat16".split()
     s = load(train.Settings, [*SHAPE, *args])
     config, need = s.shape(257), {}

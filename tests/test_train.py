@@ -249,7 +249,7 @@ def test_each_schedule_runs_alone(chain, name, tiny_data, tmp_path, monkeypatch)
 
 def test_bfloat16_runs(chain, tiny_data, tmp_path, monkeypatch):
     args = [a for a in chain[1]["prune"] if not a.startswith("--out=")] + [f"--out={tmp_path / 'bf16'}"]
-    assert run(monkeypatch, *args, "--dtype=bfloat16", "--steps=6") == 0
+    assert run(monkeypatch, *args, "--dtype=bfloat16", "--steps=6", "--sparsity_warmup=4") == 0
     half, full = (metrics(o, "eval")[1]["loss"]["sums"] for o in (tmp_path / "bf16", chain[0]["prune"]))
     assert half == pytest.approx(full, rel=0.05) and half != full
 
@@ -309,6 +309,18 @@ MISTAKES = {
     "gate samples": (["--gate_samples=3"], "batch_size = 4 must be a multiple of gate_samples = 3"),
     "sheared without references": (["--schedule=sheared"], "needs references"),
     "dro without references": (["--schedule=dro"], "needs references"),
+    "two kinds of references": (
+        ["--reference_model=out/x", "--reference_losses={'animals': 1, 'brackets': 1, 'sums': 1}"],
+        "reference_losses and reference_model are both set",
+    ),
+    "too few evaluations": (
+        ["--schedule=dro", "--dynamic_reference=True", "--steps=110"],
+        "eval_interval = 10 must be below steps / 11",
+    ),
+    "too long a ramp": (
+        ["--init_from=out/x", "--target_n_layer=1", "--sparsity_warmup=60", "--steps=60"],
+        "sparsity_warmup = 60 must be below steps = 60",
+    ),
     "device": (["--device=foo"], "device = 'foo'"),
     "device without memory": (["--device=meta"], "cpu or cuda is needed"),
     "width": (["--d_model=33"], "d_model = 33 must be a multiple of n_head = 4"),
