@@ -3,10 +3,11 @@
     python experiments/compare.py                    # everything, in order of importance: seven hours, two cores
     python experiments/compare.py --seeds 2 --parts skew --jobs 2
     python experiments/compare.py --report           # tables and figures of what is done so far
+    python experiments/compare.py --parts own --keep # more of it on another machine: beside the published results
     python experiments/compare.py --data data/mine --ratio "{'code': .8, 'prose': .1, 'mail': .1}" --seeds 3
 
-From one source model a seed (config/toy_pretrain.py; the seed is of the source, the gates and the data order), the toy
-pruning stage and the toy continue stage run under each schedule, everything else equal:
+From one source model per seed (config/toy_pretrain.py; the seed is of the source, the gates and the data order), the
+toy pruning stage and the toy continue stage run under each schedule, everything else equal:
 
     constant, sheared, dro            the references are the source's own validation losses, measured beforehand
     dro + reference, dro + ratio      one of DRPruning's additions each
@@ -241,7 +242,7 @@ def ask(part: str, seed: int) -> None:
 
 
 def measures(chain: Chain) -> dict[str, float]:
-    """Everything that a chain is judged by, after the continue stage unless it says otherwise; nats a token."""
+    """Everything that a chain is judged by, after the continue stage unless it says otherwise; nats per token."""
 
     def losses(file, which=0, key="loss"):
         models = list(json.loads(file.read_text())["models"].values())
@@ -311,15 +312,33 @@ def compared(mine: dict, others: dict, key: str) -> dict | None:
     }
 
 
-def report(chains: list[Chain]) -> dict:
-    """What is done, for results.json: part -> schedule -> measure -> values, one a seed, and paired tests."""
-    results, summary = {}, {}
+def published(results: dict) -> dict:
+    """(part, schedule, seed) -> measure -> value, of a results.json."""
+    return {
+        (part, label, seed): {key: entry["values"][i] for key, entry in row.items() if key != "seeds"}
+        for part, rows in results.items()
+        if part != "command"
+        for label, row in rows.items()
+        if label != "answers"
+        for i, seed in enumerate(row["seeds"])
+    }
+
+
+def report(chains: list[Chain], before: dict | None = None) -> dict:
+    """For results.json: part -> schedule -> measure -> values, one per seed, and paired tests. Of the chains that are
+    done, and of those that are not here but in a results.json of before."""
+    results, summary, before = {}, {}, before or {}
+    known = published(before)
     for chain in chains:
-        results.setdefault(chain.part, {}).setdefault(chain.label, {})[chain.seed] = measures(chain) | recovery(chain)
+        found = known.get((chain.part, chain.label, chain.seed))
+        if chain.result.exists():
+            found = measures(chain) | recovery(chain)
+        if found:
+            results.setdefault(chain.part, {}).setdefault(chain.label, {})[chain.seed] = found
     for part, rows in results.items():
         for label, seeds in rows.items():
             entry = summary.setdefault(part, {}).setdefault(label, {"seeds": sorted(seeds)})
-            for key in next(iter(seeds.values())):
+            for key in dict.fromkeys(key for found in seeds.values() for key in found):
                 values = [seeds[s].get(key) for s in sorted(seeds)]
                 known = [v for v in values if v is not None]
                 entry[key] = {
@@ -333,6 +352,8 @@ def report(chains: list[Chain]) -> dict:
         files = [OUT / part / f"answers_{seed}.json" for seed in range(PARTS[part].seeds)]
         if files := [file for file in files if file.exists()]:
             summary[part]["answers"] = answers(files)
+        elif "answers" in before.get(part, {}):
+            summary[part]["answers"] = before[part]["answers"]
     return summary
 
 
@@ -344,7 +365,7 @@ def rounded(x):
 
 
 def answers(files: list[Path]) -> dict:
-    """Schedule -> domain or "average" -> accuracy a seed, their mean, one model's binomial standard error."""
+    """Schedule -> domain or "average" -> accuracy per seed, their mean, one model's binomial standard error."""
     runs = [list(json.loads(file.read_text())["models"].values()) for file in files]
     found = {}
     for i, schedule in enumerate(ASKED):
@@ -362,7 +383,7 @@ def answers(files: list[Path]) -> dict:
 
 TABLES = """# The comparison in full
 
-By `python experiments/compare.py --report`. Degradation is the test loss above the source's, nats a token: mean ±
+By `python experiments/compare.py --report`. Degradation is the test loss above the source's, nats per token: mean ±
 standard deviation over seeds. Differences are paired by seed, with the p of a paired t-test and the number of seeds in
 which the schedule is lower.
 """
@@ -442,7 +463,7 @@ def tables(summary: dict) -> str:
 
 
 def figures(summary: dict) -> None:
-    """compare.png: what each schedule wins on `constant`, seed by seed, a row a part; ablation.png."""
+    """compare.png: what each schedule wins on `constant`, seed by seed, a row per part; ablation.png."""
     import matplotlib
 
     rows = {
@@ -472,7 +493,7 @@ def figures(summary: dict) -> None:
                     ax.locator_params(axis="x", nbins=6)
                     ax.grid(axis="x", color="#e4e4e4")
             for ax in axes[-1]:
-                ax.set_xlabel("degradation less that of `constant` (nats a token)", fontsize=12)
+                ax.set_xlabel("degradation less that of `constant` (nats per token)", fontsize=12)
             fig.savefig(DOCS / "compare.png")
         if "ablation" in summary:
             fig, axes = new_figure(1, len(ABLATIONS), height=4.5, sharey=True)
@@ -486,7 +507,7 @@ def figures(summary: dict) -> None:
                             label=c)  # fmt: skip
                 ax.set_xticks(range(len(points)), [str(x) for x in sorted(points)], fontsize=10)
                 ax.set_title(key, fontsize=13)
-            axes[0][0].set_ylabel("degradation (nats a token)", fontsize=12)
+            axes[0][0].set_ylabel("degradation (nats per token)", fontsize=12)
             fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=12)
             fig.savefig(DOCS / "ablation.png")
 
@@ -504,6 +525,7 @@ def main():
     )
     parser.add_argument("--ratio", default="{}", help="its mixture while pruning and after; default: as it is")
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--keep", action="store_true", help="what results.json has of runs that are not here")
     os.chdir(ROOT)
     with user_errors():
         args = parser.parse_args()
@@ -521,15 +543,16 @@ def main():
             OUT = OUT.with_name(f"{OUT.name}_{args.scale:g}")
         if args.data or args.scale != 1:
             DOCS = OUT
+        before = json.loads((DOCS / "results.json").read_text()) if args.keep else {}
         if not args.report:
             run_all(args)
-        chains = [c for c in plan(list(PARTS), 99, list(SCHEDULES)) if c.result.exists()]
-        if not chains:
+        chains = plan(list(PARTS), 99, list(SCHEDULES))
+        if not any(chain.result.exists() for chain in chains):
             raise ValueError(f"nothing in {OUT} is done yet")
-    summary = rounded(report(chains))
+    summary = rounded(report(chains, before))
     DOCS.mkdir(parents=True, exist_ok=True)
     results = {"command": "python experiments/compare.py", **summary}
-    text = re.sub(r"\n {4,}|\n {3}(?=[}\]])", " ", json.dumps(results, indent=1))  # a line a measure
+    text = re.sub(r"\n {4,}|\n {3}(?=[}\]])", " ", json.dumps(results, indent=1))  # a line per measure
     (DOCS / "results.json").write_text(text + "\n")
     (DOCS / "tables.md").write_text(f"{TABLES}\n{tables(summary)}\n")
     print(overview(summary))
