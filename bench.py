@@ -131,10 +131,10 @@ def main():
     print(f"{result['machine']}\n")
     for name, ms in result["median_ms"].items():
         spread = np.quantile(seconds[name], [0.1, 0.9]) * 1e3
-        print(f"{name:<24}{ms:8.1f} ms a step   (10 to 90 %: {spread[0]:.1f} to {spread[1]:.1f})")
+        print(f"{name:<24}{ms:8.1f} ms per step   (10 to 90 %: {spread[0]:.1f} to {spread[1]:.1f})")
     print(f"{'dense / transformers':<24}{result['dense / transformers']:8.3f}")
     print(f"{'gated / dense':<24}{result['gated / dense']:8.3f}")
-    print(f"{'schedule':<24}{result['schedule_ms']:8.1f} ms an evaluation, 7 domains, 64 points each")
+    print(f"{'schedule':<24}{result['schedule_ms']:8.1f} ms per evaluation, 7 domains, 64 points each")
     if args.json:
         with user_errors(), open(args.json, "w") as file:
             json.dump(result, file, indent=1)

@@ -111,7 +111,7 @@ def parts(c: LlamaConfig) -> dict[str, int]:
 def memory(s, config: LlamaConfig, make_masks: Callable, trainer_class: type) -> dict[str, float]:
     """Bytes that one of s.world_size processes holds when a training step needs most, by kind, and "all"."""
     processes, (mine, micro_batch) = s.world_size, s.rows(s.world_size)
-    mine = min(mine, 2 * micro_batch)  # with more micro-batches a step it needs no more
+    mine = min(mine, 2 * micro_batch)  # with more micro-batches per step it needs no more
     # in DDP each process needs what it would need alone, but the buckets that its gradients are in stay
     n = processes if s.parallel == "fsdp" else 1
     s = replace(s, batch_size=mine * n, micro_batch=micro_batch, gate_samples=mine * n // micro_batch)
@@ -166,7 +166,7 @@ def remedies(s, n_params: int, space: float) -> Iterator:
         yield (small := replace(small, shard_gradients=True))
     small = replace(small, parallel="fsdp")
     for n in [s.world_size] * (s.parallel == "ddp") + [2**k for k in range(1, 11) if 2**k > s.world_size]:
-        # float32 weights, gradients and AdamW's two moments alone are 16 bytes a parameter
+        # float32 weights, gradients and AdamW's two moments alone are 16 bytes per parameter
         if n > 1 and s.batch_size % n == 0 and 16 * n_params / n < space:
             yield replace(small, world_size=n, micro_batch=small.rows(n)[1])
 
@@ -201,17 +201,17 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
     row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {tokens:,} tokens")
     known = f"{n_domains} domains" if s.domains or s.ratio else "each domain"
     row("evaluation", f"{evaluations:,} times {s.eval_sequences} sequences of {known}: {eval_tokens:,} tokens")
-    row("FLOPs a token", f"{train_flops:.3g}" + f" + {recomputed:.3g} recomputed" * bool(recomputed))
+    row("FLOPs per token", f"{train_flops:.3g}" + f" + {recomputed:.3g} recomputed" * bool(recomputed))
 
     need = memory(s, config, make_masks, trainer_class)
     mine, micro_batch = s.rows(s.world_size)
     how = f"{s.world_size} x {s.gpu}" + f", {s.parallel}" * (s.world_size > 1)
-    row("memory a GPU", f"at its peak; {how}, {mine // micro_batch} x {micro_batch} sequences a step")
+    row("memory per GPU", f"at its peak; {how}, {mine // micro_batch} x {micro_batch} sequences per step")
     for kind in ROWS:
-        row(f"  {kind}", f"{size(need[kind]):>16}")
+        row(f"  {kind}", f"{readable(need[kind]):>16}")
     logits = min(LOGITS_AT_ONCE, micro_batch * s.seq_len * config.vocab_size) * 4
-    row("  all", f"{size(need['all']):>16} of {size(total - RESERVE)}, {size(RESERVE)} are left free")
-    row("  float32 logits", f"{size(logits):>16} at once, when activations are at their most")
+    row("  all", f"{readable(need['all']):>16} of {readable(total - RESERVE)}, {readable(RESERVE)} are left free")
+    row("  float32 logits", f"{readable(logits):>16} at once, when activations are at their most")
     if need["all"] > total - RESERVE:
         fits = None
         for settings in remedies(s, trained.n_params(), total - RESERVE):
@@ -219,16 +219,16 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
             if memory(settings, config, make_masks, trainer_class)["all"] <= total - RESERVE:
                 fits = changes(s, settings)
                 break
-        needed = f"{size(need['all'])} of {size(total - RESERVE)}, most of it for {max(ROWS, key=need.get)}"
+        needed = f"{readable(need['all'])} of {readable(total - RESERVE)}, most of it for {max(ROWS, key=need.get)}"
         remedy = f"what fits: {fits}" if fits else "nothing that was tried fits"
         raise ValueError(f"it does not fit: {needed}; {remedy}")
     if peak:
         hours = flops / (peak * s.utilisation * s.world_size) / 3600
-        speed = f"at {s.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s a GPU"
+        speed = f"at {s.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s per GPU"
         row("time", f"{hours:,.2f} h, {hours * s.world_size:,.1f} GPU-hours, {speed}")
 
 
-def size(n_bytes: float) -> str:
+def readable(n_bytes: float) -> str:
     """Bytes as GiB or MiB."""
     return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:,.2f} MiB"
 

@@ -4,14 +4,15 @@
     q     <- argmax_q      sum_i q_i (l_i - r_i),  chi2(q, p) <= rho      eq. 3 and 5: move q to the lagging domains
 
     symbol  variable   meaning
-    l       losses     validation loss a domain, nats a token
+    l       losses     validation loss of each domain, nats per token
     r       reference  loss a domain should at least reach (l_R in the paper, section 3.2)
     p       ratio      reference ratio: centre of the robust set (p_R in the paper, section 3.3)
     q       weights    the mixture: what the batches are drawn by
     rho     rho        radius of the robust set
     delta   delta      how fast the ratio follows the weights
 
-The three functions below are the mathematics; `Mixture` applies them at each evaluation and holds the little state.
+The three functions below are the mathematics; `Mixture` applies them at each evaluation and holds what little state
+there is.
 
     python train.py config/toy_continue.py --schedule=dro --dynamic_reference=True --dynamic_ratio=True
 """
@@ -22,7 +23,7 @@ from scipy.optimize import brentq
 from scaling_law import FitError, ScalingLaw, fit, fit_together
 
 COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
-MORE_POINTS_THAN = 10  # the scaling law is not trusted with fewer
+MORE_POINTS_THAN = 10  # evaluations: with so many or fewer the scaling law is not asked yet (section 3.2)
 
 
 def chi2(q, p) -> float:
@@ -36,7 +37,7 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) 
     q_i ∝ p_i · max(relu(excess_i - eta) / Z, floor) with Z = Σ p_i relu(excess_i - eta), eta such that the constraint
     is tight. The floor keeps every domain in the training: at 0 this is the exact argmax. Equal excesses give the
     ratio itself; a rho beyond reach gives the extreme point, everything (but the floor) on the largest excess.
-    Arrays of one value a domain; the ratio need not add up to 1. ValueError for values that are not finite or a ratio
+    Arrays of one value per domain; the ratio need not add up to 1. ValueError for values that are not finite or a ratio
     that is not positive.
     """
     losses, reference, p = (np.asarray(x, np.float64) for x in (losses, reference, ratio))
@@ -48,7 +49,7 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) 
         return p
     excess = (excess - excess.max()) / gap  # neither an offset nor a scale changes the argmax: now in [-1, 0]
 
-    def weights(relative):  # relative = relu(excess - eta) / Z, one value a domain
+    def weights(relative):  # relative = relu(excess - eta) / Z, one value per domain
         q = p * np.maximum(relative, floor)
         return q / q.sum()
 
@@ -59,7 +60,8 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) 
     extreme = weights(worst / p[worst].sum())
     if chi2(extreme, p) <= rho:
         return extreme
-    # below `low` neither relu nor floor bind, and there chi2 = ½ variance / (mean - eta)² <= rho
+    # below `low` neither relu nor floor bind (the least excess, -1, gets (-1 - eta) / (mean - eta) >= floor times its
+    # share), and there chi2 = ½ variance / (mean - eta)² <= rho
     mean = p @ excess
     spread = np.sqrt(p @ (excess - mean) ** 2)
     low = mean - 1.001 * max(spread / np.sqrt(2 * rho), (mean + 1) / (1 - floor))
@@ -98,7 +100,7 @@ def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> n
 def check(losses, reference, ratio, rho=0.0):
     """ValueError unless all are finite, of one length, with shares above 0 and rho not negative."""
     if not losses.shape == reference.shape == ratio.shape or losses.ndim != 1:
-        raise ValueError("losses, reference and ratio must have one value a domain")
+        raise ValueError("losses, reference and ratio must have one value per domain")
     for name, x in (("loss", losses), ("reference loss", reference), ("ratio", ratio)):
         if not np.isfinite(x).all():
             raise ValueError(f"{name} of domain {np.flatnonzero(~np.isfinite(x))[0]} is not finite: {x}")
@@ -110,7 +112,7 @@ class Mixture:
     """The domain weights of a run, updated at each evaluation. All state is the small dict `state`.
 
     schedule: "constant", "sheared" or "dro"; dynamic_reference and dynamic_ratio switch the paper's two additions.
-    initial: first weights and reference ratio, one share a domain; reference: first reference losses or None.
+    initial: first weights and reference ratio, one share per domain; reference: first reference losses or None.
     law: "paper", eq. 4, where the lowest prediction ever made counts; or "rate", with the learning rate
     (scaling_law.py), where the newest does, so that a wrong early one is forgotten.
     """
@@ -143,12 +145,12 @@ class Mixture:
             "given": None if reference is None else [float(r) for r in reference],
             "reference": None if reference is None else [float(r) for r in reference],
             "best": None,  # lowest validation loss seen, a domain
-            "history": {"tokens": [], "losses": [], "params": [], "rates": []},  # one row an evaluation
+            "history": {"tokens": [], "losses": [], "params": [], "rates": []},  # one row per evaluation
         }
 
     @property
     def weights(self) -> np.ndarray:
-        """What the next batch is drawn by, one share a domain."""
+        """What the next batch is drawn by, one share per domain."""
         return np.array(self.state["weights"])
 
     def update(

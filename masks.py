@@ -4,8 +4,8 @@ Every structure that may go (a layer, a hidden dimension, a KV group with its qu
 gets a gate z in [0, 1]. While training, z is sampled from a hard-concrete distribution, a stretched and clipped sigmoid
 that puts real probability on exactly 0 and exactly 1 (arXiv 1712.01312), so "how many survive" has a gradient:
 
-    s = sigmoid((ln u - ln(1-u) + log_alpha) / beta)      u ~ U(0, 1)          HardConcrete.sample
-    z = clip(s · (zeta - gamma) + gamma, 0, 1)
+    y = sigmoid((ln u - ln(1-u) + log_alpha) / beta)      u ~ U(0, 1)          HardConcrete.sample
+    z = clip(y · (zeta - gamma) + gamma, 0, 1)
     P(z != 0) = 1 - sigmoid(beta · ln(x/(1-x)) - log_alpha),  x = -gamma/(zeta - gamma)
                                                                                HardConcrete.prob_nonzero
     l~ = lambda · (s - t) + phi · (s - t)²                paper, eq. 1         PruningMasks.lagrangian
@@ -16,7 +16,7 @@ that puts real probability on exactly 0 and exactly 1 (arXiv 1712.01312), so "ho
     lambda, phi   multipliers[granularity]     Lagrange multipliers: gradient *ascent*
 
 After training the highest-scoring structures are kept, exactly as many as the target shape has, and `extract` cuts them
-out: the small dense Llama computes what the gated one did.
+out: the small dense Llama computes exactly what the source does with its deterministic gates at the target shape.
 
     python train.py config/toy_prune.py
 """
@@ -33,6 +33,7 @@ from model import Gates, Llama, LlamaConfig
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # stretch and temperature
 LOG_ALPHA_MIN, LOG_ALPHA_MAX = math.log(1e-2), math.log(1e2)
 NOISE, CHOICE = 3, 4  # tags of random streams: gates must know nothing of the batch (data.py has 1 and 2)
+Scores = Gates  # in the same shapes: what structures are ranked by when they are not learned
 UNDECIDED = (0.05, 0.95)  # a gate whose P(z = 0) lies between is neither kept nor pruned yet
 
 
@@ -54,13 +55,13 @@ class HardConcrete(nn.Module):
 
     def sample(self, u: Tensor) -> Tensor:
         """Gates for uniform noise u in (0, 1) of the same shape."""
-        s = torch.sigmoid((u.log() - (1 - u).log() + self.log_alpha) / BETA)
-        return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        y = torch.sigmoid((u.log() - (1 - u).log() + self.log_alpha) / BETA)
+        return (y * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def deterministic(self, keep: int | None = None) -> Tensor:
         """Gates without noise. In each row the lowest are set to 0: all but `keep` of them, or, where keep is None, as
         many as are expected to be 0 now (rounded)."""
-        z = torch.sigmoid(0.8 * self.log_alpha / BETA)
+        z = torch.sigmoid(0.8 * self.log_alpha / BETA)  # 0.8 and no stretch, as in Sheared LLaMA's code
         size = z.shape[-1]
         if keep is None:
             # the row's own expectation, not the mean over rows: each layer is on its own way to the target
@@ -79,7 +80,8 @@ class HardConcrete(nn.Module):
 class PruningMasks(nn.Module):
     """The gates of all granularities in which `target` is smaller than `source`, with their Lagrange multipliers.
 
-    `layer`, `hidden`, `head`, `ffn` are a HardConcrete each, or None where the target equals the source.
+    `layer`, `hidden`, `head`, `ffn` are a HardConcrete each, or None where the target equals the source. `head` gates
+    KV groups: a key/value head with all its query heads, which is one head where every head has its own.
     `multipliers[granularity]` is (lambda, phi). sparsity_warmup: steps in which the target sparsity ramps up from 0.
     log_alpha, phi: initial values (short runs need a phi above 0). Raises ValueError when the target cannot be cut out
     of the source.
@@ -138,7 +140,7 @@ class PruningMasks(nn.Module):
     def lagrangian(self, step: int) -> tuple[Tensor, dict]:
         """The constraint (eq. 1), summed over granularities, and what to log of it.
 
-        A granularity with a row a layer (head, ffn) has an expected sparsity a row, and the mean of the rows'
+        A granularity with a row per layer (head, ffn) has an expected sparsity per row, and the mean of the rows'
         constraints. stats (tensors, no host sync): granularity -> {sparsity, target_sparsity, undecided, lambda, phi}.
         """
         total, stats = 0.0, {}
@@ -182,7 +184,7 @@ class PruningMasks(nn.Module):
             gates.clamp_()
 
     @torch.no_grad()
-    def choose_(self, scores: Gates) -> None:
+    def choose_(self, scores: Scores) -> None:
         """Decide all gates at once, without learning: the highest scores of each row get z = 1, the others 0."""
         for granularity, gates in self.gates().items():
             rank = getattr(scores, granularity).argsort(dim=-1, stable=True).argsort(dim=-1)
@@ -191,7 +193,7 @@ class PruningMasks(nn.Module):
 
 
 def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
-    """ValueError unless `target` can be cut out of `source`: not larger, same head_dim, same queries a KV head."""
+    """ValueError unless `target` can be cut out of `source`: not larger, same head_dim, same queries per KV head."""
     for name in ("n_layer", "d_model", "n_kv_head", "n_head", "d_ffn"):
         if getattr(target, name) > getattr(source, name):
             raise ValueError(
@@ -203,7 +205,7 @@ def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
         group = source.n_head // source.n_kv_head
         raise ValueError(
             f"target n_head = {target.n_head} with n_kv_head = {target.n_kv_head}: KV groups go whole, there must be "
-            f"{group} query heads a KV head as in the source"
+            f"{group} query heads per KV head as in the source"
         )
 
 
@@ -211,14 +213,14 @@ def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
 
 
 @torch.no_grad()
-def random_scores(masks: PruningMasks, seed: int) -> Gates:
+def random_scores(masks: PruningMasks, seed: int) -> Scores:
     """Scores drawn at random."""
     rng = np.random.default_rng([seed, CHOICE])
     return Gates(**{g: torch.from_numpy(rng.random(h.log_alpha.shape)) for g, h in masks.gates().items()})
 
 
 @torch.no_grad()
-def magnitude_scores(model: Llama) -> Gates:
+def magnitude_scores(model: Llama) -> Scores:
     """Scores by weight magnitude: the L2 norm of all the weights that would go with a structure."""
     layer, hidden, head, ffn = [], model.embed_tokens.weight.float().square().sum(0), [], []
     if not model.config.tie_embeddings:
@@ -238,7 +240,7 @@ def magnitude_scores(model: Llama) -> Gates:
 
 
 @torch.no_grad()
-def scores_of(masks: PruningMasks, description: dict) -> Gates:
+def scores_of(masks: PruningMasks, description: dict) -> Scores:
     """Scores that choose what `describe` says of other gates. ValueError if it is of other shapes."""
     if [description.get(k) for k in ("source", "target")] != [masks.source.shape, masks.target.shape]:
         raise ValueError("these gates are not of this source and target")

@@ -1,9 +1,9 @@
 """The Llama, with a hook for every gate that structured pruning needs, and its Hugging Face checkpoint format.
 
     x      = embed(tokens) · z_hidden
-    x      = x + z_layer · z_hidden · attention(norm(x), z_head)
-    x      = x + z_layer · z_hidden · ffn(norm(x), z_ffn)
-    logits = lm_head(norm(x))
+    x      = x + z_layer · z_hidden · attention(norm(x, z_hidden), z_head)
+    x      = x + z_layer · z_hidden · ffn(norm(x, z_hidden), z_ffn)
+    logits = lm_head(norm(x, z_hidden))
 
 A gate z in [0, 1] multiplies what one component gives to the rest: 0 is "pruned", 1 is "as before". A gate on the
 output of a linear map is a gate on the rows of its weight, z·(W x) = (z·W) x, and weights are far smaller than
@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +36,7 @@ LOGITS_AT_ONCE = 2**27  # the loss is computed in pieces of at most this many lo
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama. What pruning may change comes first; ValueError if it
-    cannot be."""
+    """Shape of a Llama. ValueError if it cannot be."""
 
     vocab_size: int
     n_layer: int
@@ -66,7 +65,7 @@ class LlamaConfig:
 
     @property
     def shape(self) -> dict[str, int]:
-        """What pruning may change, as a small dict for logs and files."""
+        """The shape of a layer and their number, as a small dict for logs and files."""
         return {k: getattr(self, k) for k in ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ffn")}
 
     def n_params(self) -> int:
@@ -77,7 +76,7 @@ class LlamaConfig:
         return self.n_layer * layer + embeddings + self.d_model
 
     def flops_per_token(self, seq_len: int, backward: bool = True) -> float:
-        """Floating-point operations a token in sequences of `seq_len`: 2 a weight of each matrix product, and causal
+        """Floating-point operations per token in sequences of `seq_len`: 2 per weight of each matrix product; causal
         attention's; three times as many with the backward pass. Nothing is counted for recomputation."""
         matrices = self.n_params() - (2 * self.n_layer + 1) * self.d_model
         if not self.tie_embeddings:
@@ -100,14 +99,14 @@ class Gates(NamedTuple):
 
     @property
     def out(self) -> Tensor | None:
-        """Of one layer's gates: what both its blocks write into the residual stream through, z_layer · z_hidden."""
+        """Of one layer's gates: the gate on all that its two blocks add to the residual stream, z_layer · z_hidden."""
         if self.layer is None or self.hidden is None:
             return self.hidden if self.layer is None else self.layer
         return self.layer * self.hidden
 
 
 def scale_rows(weight: Tensor, z: Tensor | None) -> Tensor:
-    """z·W: gate the outputs of a linear map, one z a row, or one for all where z is a scalar."""
+    """z·W: gate the outputs of a linear map, one z per row, or one for all where z is a scalar."""
     return weight if z is None else weight * z.to(weight.dtype)[..., None]
 
 
@@ -136,8 +135,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight. Under a hidden gate the mean square is over the surviving dimensions only, as it will be in
-    the small model; the pruned ones are 0 in x already, so only the divisor changes."""
+    """x / rms(x) · weight. Under a hidden gate z the output is gated by z, too, and the mean square is over the
+    surviving dimensions only, as it will be in the small model (the pruned ones are 0 in x: the divisor changes)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -165,7 +164,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.d_model, bias=False)
 
     def forward(self, x: Tensor, cos_sin, z_head: Tensor | None, z_out: Tensor | None, cache) -> Tensor:
-        v_rows = None if z_head is None else z_head.repeat_interleave(self.head_dim)  # no values, no context
+        # a head whose values are 0 adds nothing
+        v_rows = None if z_head is None else z_head.repeat_interleave(self.head_dim)
         q, k = self.q_proj(x), self.k_proj(x)
         v = F.linear(x, scale_rows(self.v_proj.weight, v_rows))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
@@ -192,7 +192,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One residual block: attention, then feed-forward, each behind a norm."""
+    """Two residual blocks: attention, then feed-forward, each behind a norm."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -405,7 +405,10 @@ def open_weights(path: Path, model: Llama) -> Callable[..., Tensor]:
     index = path / INDEX
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
     places, expected = {}, dict(model.named_parameters())
     for file in (path / name for name in names):
         if not file.is_file():
@@ -454,14 +457,15 @@ def read_config(path: Path) -> LlamaConfig:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"{file}: rope_type = {kind!r} is not supported, only 'default' and 'llama3'")
+    if kind == "llama3" and (absent := [key for key in LLAMA3_ROPE if key not in rope]):
+        raise ValueError(f"{file}: {', '.join(absent)} missing in rope_scaling")
     raw["rope_scaling"] = {"rope_type": kind, **{k: rope[k] for k in LLAMA3_ROPE}} if kind == "llama3" else None
     values = {ours: raw[theirs] for theirs, ours in HF_KEYS.items() if raw.get(theirs) is not None}
     values.setdefault("n_kv_head", values.get("n_head"))
     if "head_dim" not in values and "n_head" in values and "d_model" in values:
         values["head_dim"] = values["d_model"] // values["n_head"]
-    missing = [
-        theirs for theirs, ours in HF_KEYS.items() if ours in LlamaConfig.__match_args__[:8] and ours not in values
-    ]
+    required = {f.name for f in fields(LlamaConfig) if f.default is MISSING}
+    missing = [theirs for theirs, ours in HF_KEYS.items() if ours in required - values.keys()]
     if missing:
         raise ValueError(f"{file}: {', '.join(missing)} missing")
     return LlamaConfig(**values)

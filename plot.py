@@ -292,7 +292,7 @@ def forecasts(run: Run, domain: str) -> list[dict]:
 
 @matplotlib.rc_context(STYLE)
 def loss_figure(run: Run) -> Figure:
-    """A panel a domain: validation loss, reference loss, what the scaling law predicted and what came true."""
+    """A panel per domain: validation loss, reference loss, what the scaling law predicted and what came true."""
     n = len(run.domains)
     columns = n if n <= 3 else 2 if n == 4 else 3 if n <= 6 else 4
     rows = -(-n // columns)
@@ -392,7 +392,7 @@ def sparsity_figure(run: Run) -> Figure | None:
 
 @matplotlib.rc_context(STYLE)
 def gates_figure(run: Run) -> Figure | None:
-    """Heat map of the latest deterministic gates: a row a layer, then the hidden dimensions, which all layers share.
+    """Heat map of the latest deterministic gates: a row per layer, then the hidden dimensions, which all layers share.
 
     Heads and feed-forward dimensions of a layer whose own gate is 0 are gone with it: masked, so drawn grey.
     """
@@ -464,7 +464,7 @@ def kept(run: Run, granularity: str) -> str:
 def comparison_figure(runs: list[Run]) -> Figure:
     """Average and worst-domain validation loss over tokens, and the final losses, on the domains all runs have.
 
-    In bits per byte if every run has them, which also compares across tokenizers, else in nats a token.
+    In bits per byte if every run has them, which also compares across tokenizers, else in nats per token.
     """
     domains = common_domains(runs)
     whole = all(np.isfinite(final(run, "bits_per_byte", d)) for run in runs for d in domains)

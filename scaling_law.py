@@ -8,7 +8,7 @@
     T       tokens    tokens of this domain seen
     eta     rates     learning rate, as a share of its peak
     A       A         what is left to gain by tokens, in nats, at the last point of the fit
-    B       B         what the noise of a full learning rate costs, in nats; it is gained when the rate falls
+    B       B         what the noise of a full learning rate costs, in nats; regained as the rate falls
     E       E         the loss that no training removes, in nats
 
 Losses fall faster at the end of a cosine schedule than any power of tokens says: eq. 4 alone misses that. A run holds
@@ -28,11 +28,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize
 
-MIN_POINTS = 5  # one more than eq. 4 has numbers
+MIN_POINTS = 5  # one more than eq. 4 has parameters: below, a fit is impossible (dro.py asks for more)
 BETA = np.geomspace(0.02, 5, 32)  # exponents of T that are tried
 ALPHA = np.concatenate([[0.0], np.geomspace(0.02, 5, 11)])  # exponents of P that are tried
 HUBER = 1.345  # residuals beyond this many standard deviations count linearly: 95 % efficient without outliers
-RIDGE = 0.02  # variance of a loss over that expected of B, (0.014 / 0.1 nats)²: B stays small until the rate has moved
+RIDGE = 0.02  # a prior on B: losses are noisy by .014 nats, B is about .1, (.014 / .1)²; until the rate has moved B ~ 0
+MAD_TO_SIGMA = 1.4826  # of a normal distribution: its standard deviation over its median absolute deviation
 
 
 class FitError(ValueError):
@@ -104,7 +105,7 @@ def fit_together(tokens, losses, params=None, rates=None) -> list[ScalingLaw | F
         A, B, E, cost = solve(x, rates, losses, weight)
         best = (cost.sum(-1) + RIDGE * B**2).argmin()
         residual = np.abs(losses - E[best] - A[best] * x[best] - B[best] * rates[:, None])
-        sigma = [max(1.4826 * np.median(r[s > 0]), 1e-9) for r, s in zip(residual.T, seen.T)]
+        sigma = [max(MAD_TO_SIGMA * np.median(r[s > 0]), 1e-9) for r, s in zip(residual.T, seen.T)]
         weight = seen * np.minimum(1.0, HUBER * np.array(sigma) / np.maximum(residual, 1e-12))
 
     # polish the exponents between the grid's points, within its bounds
@@ -127,7 +128,7 @@ def fit_together(tokens, losses, params=None, rates=None) -> list[ScalingLaw | F
 
     flat = (weight * (losses - np.sum(weight * losses, 0) / weight.sum(0)) ** 2).sum(0)
     for k, i in enumerate(fitted):
-        if cost[k] >= 0.9 * flat[k] or A[k] <= 0 and B <= 0:
+        if cost[k] >= 0.9 * flat[k] or (A[k] <= 0 and B <= 0):  # it must explain a tenth of the variance at least
             laws[i] = FitError("the losses do not fall")
         else:
             scale = float(tokens[-1, k]), float(params[-1]) if vary else None

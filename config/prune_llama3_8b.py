@@ -36,7 +36,7 @@ activation_checkpointing = True
 compile = True
 
 sparsity_warmup = 640
-gate_lr = 1.0
+gate_lr = 1.0  # log_alpha has some 9 to go, from its upper clamp to its lower one
 multiplier_lr = 1.0
 
 schedule = "dro"

@@ -74,7 +74,7 @@ def main():
     }
     DOCS.mkdir(parents=True, exist_ok=True)
     result = {"command": f"python experiments/gates.py --seeds {args.seeds} --steps {args.steps}",
-              "measure": "test loss, nats a token, average over domains; one value a seed",
+              "measure": "test loss, nats per token, average over domains; one value per seed",
               "source": losses["out/toy_pretrain"], "losses": table}  # fmt: skip
     (DOCS / f"results_{args.steps}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"source {result['source']:.3f}")

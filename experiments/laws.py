@@ -41,11 +41,11 @@ PARTS = ("skew", "own", "long", "languages")  # of experiments/compare.py: where
 SHARES = (0.25, 0.5, 0.75)
 ANNEALING_MEMORY = 0.99
 HORIZONS = {"ema": 0.05}  # of the moving averages of the weights, in shares of the run
-WINDOWS = 32  # validation windows a domain
+WINDOWS = 32  # validation windows per domain
 
 
 def watch(name: str, *command: str) -> None:
-    """Run train.py, and write a history as well: out/laws/<name>.jsonl, a line an evaluation."""
+    """Run train.py, and write a history as well: out/laws/<name>.jsonl, a line per evaluation."""
     import torch
 
     import train
@@ -122,7 +122,7 @@ class History:
 
     stage: str
     progress: np.ndarray  # (n,) shares of the run
-    losses: np.ndarray  # (n, d) nats a token
+    losses: np.ndarray  # (n, d) nats per token
     tokens: np.ndarray  # (n, d) of the domain seen
     params: np.ndarray  # (n,)
     rate: np.ndarray  # (n,) learning rate, of the peak
@@ -291,7 +291,7 @@ def main():
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(record, ["skew", "own"], [0, 1]))
         return
-    results = {"command": "python experiments/laws.py", "unit": "nats a token, means over runs and domains"}
+    results = {"command": "python experiments/laws.py", "unit": "nats per token, means over runs and domains"}
     for group, stage in itertools.product(dict.fromkeys(g for g, _ in found), ("prune", "continue")):
         runs = [h for g, h in found if g == group and h.stage == stage]
         if not runs:

@@ -45,7 +45,7 @@ DOMAINS = ("animals", "brackets", "sums")
 
 
 def write_corpus(folder: Path, n_bytes: int = 150_000, n_documents: int = 150, seed: int = 0) -> Path:
-    """`folder` with one sub-folder a domain, each of `n_documents` .txt files."""
+    """`folder` with one sub-folder per domain, each of `n_documents` .txt files."""
     for domain in DOMAINS:
         rng = random.Random(f"{seed} {domain}")
         (folder / domain).mkdir(parents=True)

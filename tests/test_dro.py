@@ -157,7 +157,7 @@ def test_without_references_the_initial_ratio_until_there_is_a_prediction():
     mixture = Mixture(["a", "b", "c"], P, "dro", dynamic_reference=True)
     for progress, _, state, record in simulate(mixture):
         predicted = record["laws"][0] is not None
-        assert predicted == (progress >= 0.22)  # a point an evaluation from .02 on: the 11th
+        assert predicted == (progress >= 0.22)  # a point per evaluation from .02 on: the 11th
         if not predicted:
             assert state["reference"] is None and state["weights"] == pytest.approx(P)
         else:
