@@ -326,7 +326,7 @@ def published(results: dict) -> dict:
 
 def report(chains: list[Chain], before: dict | None = None) -> dict:
     """For results.json: part -> schedule -> measure -> values, one per seed, and paired tests. Of the chains that are
-    done, and of those that are not here but in a results.json of before."""
+    done, and of those that are not here but in a results.json of before; ValueError if their source was another."""
     results, summary, before = {}, {}, before or {}
     known = published(before)
     for chain in chains:
@@ -336,6 +336,13 @@ def report(chains: list[Chain], before: dict | None = None) -> dict:
         if found:
             results.setdefault(chain.part, {}).setdefault(chain.label, {})[chain.seed] = found
     for part, rows in results.items():
+        for seed in {seed for seeds in rows.values() for seed in seeds}:
+            sources = [x[seed]["average loss"] - x[seed]["average degradation"] for x in rows.values() if seed in x]
+            if np.ptp(sources) > 1e-4:
+                raise ValueError(
+                    f"{part}, seed {seed}: what results.json has is of another source model (other data?), which "
+                    "cannot be compared: run all of the part here, or do without --keep"
+                )
         for label, seeds in rows.items():
             entry = summary.setdefault(part, {}).setdefault(label, {"seeds": sorted(seeds)})
             for key in dict.fromkeys(key for found in seeds.values() for key in found):
@@ -549,7 +556,7 @@ def main():
         chains = plan(list(PARTS), 99, list(SCHEDULES))
         if not any(chain.result.exists() for chain in chains):
             raise ValueError(f"nothing in {OUT} is done yet")
-    summary = rounded(report(chains, before))
+        summary = rounded(report(chains, before))
     DOCS.mkdir(parents=True, exist_ok=True)
     results = {"command": "python experiments/compare.py", **summary}
     text = re.sub(r"\n {4,}|\n {3}(?=[}\]])", " ", json.dumps(results, indent=1))  # a line per measure

@@ -156,6 +156,9 @@ def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
     assert "full" not in compare.report(list(chains.values()))["skew"]
     kept = compare.report(list(chains.values()), before)["skew"]
     assert kept == was["skew"] | {"answers": {"constant": {}}}
+    before["skew"]["full"]["average loss"]["values"][0] += 0.01  # which cannot be if the source is the same
+    with pytest.raises(ValueError, match="skew, seed 0: .* another source model"):
+        compare.report(list(chains.values()), before)
 
 
 def test_mistakes_end_in_one_line(tmp_path):
