@@ -470,53 +470,64 @@ def tables(summary: dict) -> str:
 
 
 def figures(summary: dict) -> None:
-    """compare.png: what each schedule wins on `constant`, seed by seed, a row per part; ablation.png."""
+    """compare.png, of the parts in which each schedule prunes; one_pruned_model.png, of the others; ablation.png."""
     import matplotlib
 
-    rows = {
+    drawn = {
         part: {s: summary[part][s] for s in reversed(SCHEDULES) if s in summary[part] and s != "constant"}
         for part in TITLES
         if "constant" in summary.get(part, {})
     }
-    rows = {part: labels for part, labels in rows.items() if labels}
     with matplotlib.rc_context(STYLE):
-        if rows:
-            sizes = [len(labels) + 2 for labels in rows.values()]
-            fig, axes = new_figure(len(rows), 2, height=0.45 * sum(sizes), height_ratios=sizes)
-            for line, (part, labels) in zip(axes, rows.items()):
-                base = summary[part]["constant"]
-                for ax, key in zip(line, ("worst degradation", "average degradation")):
-                    start = dict(zip(base["seeds"], base[key]["values"]))
-                    for y, (label, row) in enumerate(labels.items()):
-                        won = [v - start[s] for s, v in zip(row["seeds"], row[key]["values"]) if s in start]
-                        color = COLORS[1] if label.startswith("full") else COLORS[0]
-                        ax.plot(won, [y] * len(won), "o", color=color, alpha=0.4, markersize=6)
-                        ax.plot(np.mean(won), y, "|", color=color, markersize=16, markeredgewidth=4)
-                    ax.axvline(0, color="black", linewidth=1)
-                    ax.set_yticks(range(len(labels)), labels if ax is line[0] else [], fontsize=12)
-                    ax.set_ylim(-0.6, len(labels) - 0.4)
-                    ax.tick_params(axis="x", labelsize=11)
-                    ax.set_title(f"{TITLES[part]}: {key.split()[0]}", fontsize=13)
-                    ax.locator_params(axis="x", nbins=6)
-                    ax.grid(axis="x", color="#e4e4e4")
-            for ax in axes[-1]:
-                ax.set_xlabel("degradation less that of `constant` (nats per token)", fontsize=12)
-            fig.savefig(DOCS / "compare.png")
+        for name, given in (("compare", False), ("one_pruned_model", True)):
+            rows = {part: labels for part, labels in drawn.items() if labels and bool(PARTS[part].pruned) == given}
+            if rows:
+                draw_gains(summary, rows).savefig(DOCS / f"{name}.png")
         if "ablation" in summary:
-            fig, axes = new_figure(1, len(ABLATIONS), height=4.5, sharey=True)
-            base, default = summary.get("recovery", {}).get("full"), load(Settings, ["config/toy_continue.py", *FULL])
-            for ax, (key, values) in zip(axes[0], ABLATIONS.items()):
-                points = {v: summary["ablation"].get(f"{key} {v}") for v in values}
-                points = {v: row for v, row in points.items() if row} | ({getattr(default, key): base} if base else {})
-                for i, c in enumerate(("worst degradation", "average degradation")):
-                    xs = sorted(points)
-                    ax.plot(range(len(xs)), [points[x][c]["values"][0] for x in xs], "os"[i] + "-", color=COLORS[i],
-                            label=c)  # fmt: skip
-                ax.set_xticks(range(len(points)), [str(x) for x in sorted(points)], fontsize=10)
-                ax.set_title(key, fontsize=13)
-            axes[0][0].set_ylabel("degradation (nats per token)", fontsize=12)
-            fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=12)
-            fig.savefig(DOCS / "ablation.png")
+            draw_ablations(summary).savefig(DOCS / "ablation.png")
+
+
+def draw_gains(summary: dict, rows: dict):
+    """What each schedule wins on `constant`, seed by seed: a row of two panels per part. rows: part -> label -> row."""
+    sizes = [len(labels) + 2 for labels in rows.values()]
+    fig, axes = new_figure(len(rows), 2, height=0.45 * sum(sizes), height_ratios=sizes)
+    for line, (part, labels) in zip(axes, rows.items()):
+        base = summary[part]["constant"]
+        for ax, key in zip(line, ("worst degradation", "average degradation")):
+            start = dict(zip(base["seeds"], base[key]["values"]))
+            for y, (label, row) in enumerate(labels.items()):
+                won = [v - start[s] for s, v in zip(row["seeds"], row[key]["values"]) if s in start]
+                color = COLORS[1] if label.startswith("full") else COLORS[0]
+                ax.plot(won, [y] * len(won), "o", color=color, alpha=0.4, markersize=6)
+                ax.plot(np.mean(won), y, "|", color=color, markersize=16, markeredgewidth=4)
+            ax.axvline(0, color="black", linewidth=1)
+            ax.set_yticks(range(len(labels)), labels if ax is line[0] else [], fontsize=12)
+            ax.set_ylim(-0.6, len(labels) - 0.4)
+            ax.tick_params(axis="x", labelsize=11)
+            ax.set_title(f"{TITLES[part]}: {key.split()[0]}", fontsize=13)
+            ax.locator_params(axis="x", nbins=6)
+            ax.grid(axis="x", color="#e4e4e4")
+    for ax in axes[-1]:
+        ax.set_xlabel("degradation less that of `constant` (nats per token)", fontsize=12)
+    return fig
+
+
+def draw_ablations(summary: dict):
+    """Both degradations over each setting of the full method; the default is `recovery`'s."""
+    fig, axes = new_figure(1, len(ABLATIONS), height=4.5, sharey=True)
+    base, default = summary.get("recovery", {}).get("full"), load(Settings, ["config/toy_continue.py", *FULL])
+    for ax, (key, values) in zip(axes[0], ABLATIONS.items()):
+        points = {v: summary["ablation"].get(f"{key} {v}") for v in values}
+        points = {v: row for v, row in points.items() if row} | ({getattr(default, key): base} if base else {})
+        xs = sorted(points)
+        for i, c in enumerate(("worst degradation", "average degradation")):
+            ys = [points[x][c]["values"][0] for x in xs]
+            ax.plot(range(len(xs)), ys, "os"[i] + "-", color=COLORS[i], label=c)
+        ax.set_xticks(range(len(xs)), map(str, xs), fontsize=10)
+        ax.set_title(key, fontsize=13)
+    axes[0][0].set_ylabel("degradation (nats per token)", fontsize=12)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=12)
+    return fig
 
 
 def main():
