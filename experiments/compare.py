@@ -25,7 +25,7 @@ Parts, in this order:
     recovery      all of them, the continue stage alone, from the model that `constant` has pruned: the same gates
     own           eight, at the mixture that the source was trained on
     recovery_own  nine, as recovery, at that mixture
-    long          three times the steps at the skewed mixture, four schedules, 3 seeds
+    long          three times the steps at the skewed mixture, five schedules, 3 seeds
     languages     seven languages (experiments/languages.py), three quarters English, five schedules, 3 seeds
     ablation      as recovery, one setting of the full method at a time, one seed
 
@@ -113,7 +113,7 @@ PARTS = {
     "recovery": Part(list(SCHEDULES), 5, SKEW, pruned="skew"),
     "own": Part(EIGHT, 5, None),
     "recovery_own": Part([*EIGHT, "full, rho 0.5"], 5, None, pruned="own"),
-    "long": Part(FOUR, 3, SKEW, length=3),
+    "long": Part([*FOUR, "full, rho 0.5"], 3, SKEW, length=3),
     "languages": Part([*FOUR, "full, rho 0.5"], 3, ENGLISH, data="data/languages", sources="source_languages"),
     "ablation": Part(["full"], 1, SKEW, pruned="skew"),
 }
