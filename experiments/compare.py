@@ -317,7 +317,6 @@ def published(results: dict) -> dict:
     return {
         (part, label, seed): {key: entry["values"][i] for key, entry in row.items() if key != "seeds"}
         for part, rows in results.items()
-        if part != "command"
         for label, row in rows.items()
         if label != "answers"
         for i, seed in enumerate(row["seeds"])
@@ -543,7 +542,11 @@ def main():
     )
     parser.add_argument("--ratio", default="{}", help="its mixture while pruning and after; default: as it is")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--keep", action="store_true", help="what results.json has of runs that are not here")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="what results.json has already: of the --parts, runs that are not here; other parts as they are",
+    )
     os.chdir(ROOT)
     with user_errors():
         args = parser.parse_args()
@@ -562,12 +565,14 @@ def main():
         if args.data or args.scale != 1:
             DOCS = OUT
         before = json.loads((DOCS / "results.json").read_text()) if args.keep else {}
+        before.pop("command", None)
         if not args.report:
             run_all(args)
-        chains = plan(list(PARTS), 99, list(SCHEDULES))
+        chains = plan(args.parts if args.keep else list(PARTS), 99, list(SCHEDULES))
         if not any(chain.result.exists() for chain in chains):
             raise ValueError(f"nothing in {OUT} is done yet")
-        summary = rounded(report(chains, before))
+        summary = before | rounded(report(chains, before))
+        summary = {part: summary[part] for part in PARTS if part in summary}
     DOCS.mkdir(parents=True, exist_ok=True)
     results = {"command": "python experiments/compare.py", **summary}
     text = re.sub(r"\n {4,}|\n {3}(?=[}\]])", " ", json.dumps(results, indent=1))  # a line per measure
