@@ -133,7 +133,8 @@ def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> N
         )
     directory, own, its = model_directory(path), None, None
     if directory is not None and (directory / TRAINED_WITH).is_file():
-        own, its = json.loads((directory / TRAINED_WITH).read_text()).values()
+        trained_with = json.loads((directory / TRAINED_WITH).read_text())
+        own, its = trained_with["tokenizer"], trained_with["fingerprint"]
     elif directory is not None and any((directory / x).is_file() for x in ("tokenizer.json", "tokenizer.model")):
         own, its = directory, fingerprint(load_tokenizer(str(directory)))
     if its not in (None, data.fingerprint):

@@ -565,7 +565,7 @@ def main():
                 trainer.check(data.domains)
                 before = time.time()
                 evaluate(s, trainer, data, mixture, run, done, seen)
-                since += time.time() - before  # is no training time
+                since += time.time() - before  # that was no training
                 if done < s.steps:
                     upcoming = ahead.submit(fetch, done)  # by the new weights
             stop = parallel.any_of(bool(interrupted)) or done == s.stop_at

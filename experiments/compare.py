@@ -1,6 +1,6 @@
 """Is the claim true? Robust, self-adjusting mixtures against fixed ones: equal tokens, several seeds, one test split.
 
-    python experiments/compare.py                    # everything, in order of importance: seven hours, two cores
+    python experiments/compare.py                    # everything, in order of importance: eight hours, two cores
     python experiments/compare.py --seeds 2 --parts skew --jobs 2
     python experiments/compare.py --report           # tables and figures of what is done so far
     python experiments/compare.py --parts own --keep # more of it on another machine: beside the published results
