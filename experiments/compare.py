@@ -29,8 +29,8 @@ Parts, in this order:
     languages     seven languages (experiments/languages.py), three quarters English, five schedules, 3 seeds
     ablation      as recovery, one setting of the full method at a time, one seed
 
-All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. Afterwards the
-two-choice questions of continuation.py are put to some of the models. What is done is skipped, so an interrupted call
+All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. Some of the
+models are asked the two-choice questions of continuation.py, too. What is done is skipped, so an interrupted call
 goes on (after a change of the configs or of the data, remove out/compare first); two runs on one thread each go side
 by side. The report goes to docs/compare/; that of a trial (--scale) or of other data, with `constant`, `sheared`, `dro`
 and `full` only, to a folder of its own beside out/compare.
@@ -90,7 +90,8 @@ ABLATIONS = {
 }
 EIGHT = ["constant", "sheared", "dro", "full", "dro + reference", "dro + ratio", "uniform", "mean"]
 FOUR = ["constant", "sheared", "dro", "full"]
-ASKED = ["constant", "sheared", "full"]  # the two-choice questions
+ASKED = ["constant", "sheared", "full"]  # two-choice questions; a measure is the share of
+CHOICES = "true continuations"  # among the answers
 RHOS = [0.05, 0.1, 0.5, 1.0]  # of the worst mixtures that results are judged by
 STAGES = ("prune", "continue")
 
@@ -152,6 +153,12 @@ class Chain:
         return Chain(part, "constant", self.seed) if part else None
 
     @property
+    def needs(self) -> list["Chain"]:
+        """The chains that must be done before it, in order."""
+        mixture = [replace(self, schedule="dro")] if self.schedule == "mean" else []
+        return [self.base, *mixture] if self.base else mixture
+
+    @property
     def models(self) -> list[Path]:
         """The pruned and the continued run."""
         return [(self.base or self).path / "prune", self.path / "continue"]
@@ -161,11 +168,15 @@ class Chain:
         """Its evaluation; it is done when this is there."""
         return self.path / "eval.json"
 
+    @property
+    def answers(self) -> Path:
+        """What its continued model answered to two-choice questions."""
+        return self.path / "answers.json"
+
 
 def plan(parts: list[str], seeds: int, schedules: list[str]) -> list[Chain]:
     """All chains, in order of importance."""
     chains = []
-    schedules = schedules + ["dro"] * ("mean" in schedules)  # whose mean mixture it is
     for part in parts:
         settings = [(key, value) for key in ABLATIONS for value in ABLATIONS[key]] if part == "ablation" else [None]
         for seed in range(min(seeds, PARTS[part].seeds)):
@@ -205,7 +216,8 @@ def evaluate(path: Path, data: str, *models: Path) -> None:
 
 
 def run(chain: Chain, scale: float) -> None:
-    """Prune and continue under the chain's schedule, and evaluate both on the test split."""
+    """Prune and continue under the chain's schedule, and evaluate both on the test split: losses, and two-choice
+    questions to the continued model."""
     part, before = PARTS[chain.part], chain.source
     domains = read_metrics(chain.source).info["domains"]
     for out, stage in zip(chain.models, STAGES):
@@ -226,16 +238,9 @@ def run(chain: Chain, scale: float) -> None:
             *OFF, *SCHEDULES[chain.schedule], *([f"--ratio={mixture}"] if mixture else []),
             *(f"--{key}={value}" for key, value in settings.items()),
         )  # fmt: skip
+    if chain.schedule in ASKED and not chain.setting:
+        call("eval.py", chain.models[1], "--data", part.data, "--continuation", "--json", chain.answers)
     evaluate(chain.path, part.data, *chain.models)
-
-
-def ask(part: str, seed: int) -> None:
-    """Two-choice questions to the continued models of three schedules, in <part>/answers_<seed>.json."""
-    chains = [Chain(part, schedule, seed) for schedule in ASKED]
-    found = OUT / part / f"answers_{seed}.json"
-    if all(c.result.exists() for c in chains) and not found.exists():
-        models = [c.path / "continue" for c in chains]
-        call("eval.py", *models, "--data", PARTS[part].data, "--continuation", "--json", found)
 
 
 # -- what came of it ------------------------------------------------------------------------------------------------
@@ -270,6 +275,10 @@ def measures(chain: Chain) -> dict[str, float]:
     continued = read_metrics(chain.path / "continue")
     drawn = continued.evals[-1]["domain_tokens"]
     found |= {f"share of the tokens, {d}": drawn[d] / sum(drawn.values()) for d in data.domains}
+    if chain.answers.exists():
+        [answered] = json.loads(chain.answers.read_text())["models"].values()
+        for d, row in (answered["domains"] | {"average": answered["average"]}).items():
+            found |= {f"{CHOICES}, {d}": row["accuracy"], f"{CHOICES}, {d}: standard error": row["standard_error"]}
     times = [json.loads(x) for x in (chain.path / "continue" / "timings.jsonl").read_text().splitlines()]
     steps = np.diff([0, *(t["step"] for t in times)])
     training = sum(n * continued.info["tokens_per_step"] / t["tokens_per_second"] for n, t in zip(steps, times))
@@ -318,7 +327,6 @@ def published(results: dict) -> dict:
         (part, label, seed): {key: entry["values"][i] for key, entry in row.items() if key != "seeds"}
         for part, rows in results.items()
         for label, row in rows.items()
-        if label != "answers"
         for i, seed in enumerate(row["seeds"])
     }
 
@@ -355,11 +363,6 @@ def report(chains: list[Chain], before: dict | None = None) -> dict:
                 for other in ("constant", "sheared", "sheared, step 2", "dro"):
                     if other in rows and other != label:
                         entry[key][f"minus {other}"] = compared(seeds, rows[other], key)
-        files = [OUT / part / f"answers_{seed}.json" for seed in range(PARTS[part].seeds)]
-        if files := [file for file in files if file.exists()]:
-            summary[part]["answers"] = answers(files)
-        elif "answers" in before.get(part, {}):
-            summary[part]["answers"] = before[part]["answers"]
     return summary
 
 
@@ -368,23 +371,6 @@ def rounded(x):
     if isinstance(x, dict):
         return {k: float(f"{v:.2g}") if k == "p" else rounded(v) for k, v in x.items()}
     return [rounded(v) for v in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
-
-
-def answers(files: list[Path]) -> dict:
-    """Schedule -> domain or "average" -> accuracy per seed, their mean, one model's binomial standard error."""
-    runs = [list(json.loads(file.read_text())["models"].values()) for file in files]
-    found = {}
-    for i, schedule in enumerate(ASKED):
-        rows = [run[i]["domains"] | {"average": run[i]["average"]} for run in runs]
-        found[schedule] = {
-            d: {
-                "values": [row[d]["accuracy"] for row in rows],
-                "mean": float(np.mean([row[d]["accuracy"] for row in rows])),
-                "standard error": float(np.mean([row[d]["standard_error"] for row in rows])),
-            }
-            for d in rows[0]
-        }
-    return found
 
 
 TABLES = """# The comparison in full
@@ -437,13 +423,21 @@ def overview(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def answers_table(found: dict) -> str:
-    """Markdown: accuracy of two-choice continuations in %, mean over seeds ± the standard error of one model."""
-    domains = list(found["constant"])
-    lines = [f"| | {' | '.join(domains)} |", "|---" * (len(domains) + 1) + "|"]
-    for schedule, row in found.items():
-        cells = [f"{100 * x['mean']:.1f} ± {100 * x['standard error']:.1f}" for x in row.values()]
-        lines.append(f"| {schedule} | {' | '.join(cells)} |")
+def answers_table(rows: dict) -> str:
+    """Markdown: a part's true continuations in %, mean over seeds ± the standard error of one model; empty if none."""
+
+    def percent(entry):
+        return f"{100 * np.mean([v for v in entry['values'] if v is not None]):.1f}"
+
+    lines = []
+    for label, row in rows.items():
+        keys = [key.removesuffix(": standard error") for key in row if key.startswith(CHOICES) and ":" in key]
+        if keys and not lines:
+            domains = [key.removeprefix(f"{CHOICES}, ") for key in keys]
+            lines = [f"| | {' | '.join(domains)} |", "|---" * (len(keys) + 1) + "|"]
+        if keys:
+            cells = [f"{percent(row[key])} ± {percent(row[f'{key}: standard error'])}" for key in keys]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -455,16 +449,14 @@ def tables(summary: dict) -> str:
         lines += ["", f"## {part}: {TITLES.get(part, 'one setting of the full method at a time')}", ""]
         lines += [f"| schedule | seeds | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
         for label, row in rows.items():
-            if label == "answers":
-                continue
             cells = [spread(row[c]) for c in COLUMNS]
             for key, other in (("worst", "constant"), ("worst", "sheared"), ("average", "dro")):
                 pair = row[f"{key} degradation"].get(f"minus {other}")
                 sign = "+" if pair and pair["mean"] > 0 else ""
                 cells.append(f"{sign}{three(pair['mean'])} (p {pair['p']:.2g}, {pair['lower in']})" if pair else "")
             lines.append(f"| {label} | {len(row['seeds'])} | {' | '.join(cells)} |")
-        if "answers" in rows:
-            lines += ["", "True continuations, %:", "", answers_table(rows["answers"])]
+        if answers := answers_table(rows):
+            lines += ["", "True continuations, %:", "", answers]
     return "\n".join(lines[1:])
 
 
@@ -545,7 +537,7 @@ def main():
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="what results.json has already: of the --parts, runs that are not here; other parts as they are",
+        help="what results.json has: of the --parts, it is not run again but compared with; other parts as they are",
     )
     os.chdir(ROOT)
     with user_errors():
@@ -567,7 +559,7 @@ def main():
         before = json.loads((DOCS / "results.json").read_text()) if args.keep else {}
         before.pop("command", None)
         if not args.report:
-            run_all(args)
+            run_all(args, published(before))
         chains = plan(args.parts if args.keep else list(PARTS), 99, list(SCHEDULES))
         if not any(chain.result.exists() for chain in chains):
             raise ValueError(f"nothing in {OUT} is done yet")
@@ -582,8 +574,8 @@ def main():
     figures(summary)
 
 
-def run_all(args) -> None:
-    """Everything that is asked for and not done, `args.jobs` at a time. The first failure stops it."""
+def run_all(args, known: dict) -> None:
+    """Everything that is asked for, not done and not known, `args.jobs` at a time. The first failure stops it."""
     OUT.mkdir(parents=True, exist_ok=True)
     if "data/demo" in (PARTS[part].data for part in args.parts) and not Path("data/demo/meta.json").exists():
         call("prepare_data.py", "installed", "--out", "data/demo", "--held_out", "0.1")
@@ -592,8 +584,9 @@ def run_all(args) -> None:
             print(f"{part} is left out: no {PARTS[part].data}, see experiments/languages.py")
             args.parts.remove(part)
     chains = plan(args.parts, args.seeds, args.schedules)
+    chains = [c for c in chains if (c.part, c.label, c.seed) not in known]
     todo = {}
-    for chain in (x for c in chains for x in (c.base, c) if x and not x.result.exists()):
+    for chain in (x for c in chains for x in (*c.needs, c) if not x.result.exists()):
         todo.setdefault(chain.path, chain)  # each once: `constant` is in two parts
     todo = list(todo.values())
     started, done, lock = time.time(), [], threading.Lock()
@@ -612,13 +605,10 @@ def run_all(args) -> None:
         sources = {s: pool.submit(train_source, s, c.seed, PARTS[c.part].data, args.scale) for s, c in sources.items()}
         futures = {}
         for c in todo:
-            before = [c.base, replace(c, schedule="dro") if c.schedule == "mean" else None]
-            futures[c] = pool.submit(work, c, sources[c.source], *(futures[b] for b in before if b in futures))
-        asked = [c for c in chains if c.schedule == "full" and not c.setting]
+            futures[c] = pool.submit(work, c, sources[c.source], *(futures[b] for b in c.needs if b in futures))
         try:
             for future in as_completed([*sources.values(), *futures.values()]):
                 future.result()
-            list(pool.map(lambda c: ask(c.part, c.seed), asked))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -1,8 +1,10 @@
 """experiments/: every chain is planned once, differences are paired as scipy pairs them, languages come through."""
 
+import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,8 @@ def test_every_run_of_a_chain_is_one_that_train_py_takes(monkeypatch, tmp_path):
     for chain in compare.plan(["skew", "own"], 1, list(compare.SCHEDULES)):
         commands.clear()
         compare.run(chain, 1.0)
-        assert [c[0] for c in commands] == ["train.py", "train.py", "eval.py"]
+        asked = ["eval.py"] * (chain.schedule in compare.ASKED)  # two-choice questions
+        assert [c[0] for c in commands] == ["train.py", "train.py", *asked, "eval.py"]
         prune, after = (load(Settings, command[1:]) for command in commands[:2])
         assert (prune.steps, after.steps, prune.eval_interval) == (400, 300, 16)
         assert prune.init_from == str(tmp_path / "source/0") and after.init_from == prune.out
@@ -65,6 +68,25 @@ def test_every_run_of_a_chain_is_one_that_train_py_takes(monkeypatch, tmp_path):
             assert s.dynamic_reference == (chain.label.startswith("full") or chain.label == "dro + reference")
             assert s.dynamic_ratio == (chain.label.startswith("full") or chain.label == "dro + ratio")
             assert s.schedule != "dro" or s.rho == (0.5 if "rho 0.5" in chain.label else 0.1)
+
+
+def test_what_is_known_is_not_run_again_but_what_another_needs_is(monkeypatch, tmp_path):
+    """`mean` needs the mixture that `dro` drew, `recovery` the model that `constant` has pruned."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(compare, "OUT", tmp_path)
+    for name, part in compare.PARTS.items():
+        monkeypatch.setitem(compare.PARTS, name, replace(part, data=str(tmp_path)))
+    (tmp_path / "meta.json").write_text("{}")
+    sources, ran = [], []
+    monkeypatch.setattr(compare, "train_source", lambda path, *others: sources.append(path))
+    monkeypatch.setattr(compare, "run", lambda chain, scale: ran.append((chain.part, chain.schedule)))
+    known = {("own", "dro", 0): {}, ("own", "uniform", 0): {}, ("skew", "constant", 0): {}}
+    given = {"scale": 1, "jobs": 1, "seeds": 1}
+    compare.run_all(argparse.Namespace(parts=["own"], schedules=["dro", "uniform", "mean"], **given), known)
+    assert ran == [("own", "dro"), ("own", "mean")] and sources == [tmp_path / "source/0"]
+    ran.clear()
+    compare.run_all(argparse.Namespace(parts=["recovery"], schedules=["sheared"], **given), known)
+    assert ran == [("skew", "constant"), ("recovery", "sheared")]
 
 
 def test_differences_are_paired_by_seed():
@@ -124,6 +146,11 @@ def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
         write(chain.models[1], evals, losses["source"])
         models = {stage: row(losses[s, stage]) for stage in compare.STAGES}
         chain.result.write_text(json.dumps({"models": models}))
+        answered = {
+            "domains": {d: {"accuracy": 0.5 + i / 20, "standard_error": 0.03} for i, d in enumerate(data.domains)},
+            "average": {"accuracy": 0.6, "standard_error": 0.01},
+        }
+        chain.answers.write_text(json.dumps({"models": {"continue": answered}}))
     found, worse = compare.measures(chains["full"]), losses["full", "continue"] - losses["source"]
     assert found["average degradation"] == pytest.approx(worse.mean())
     assert found["worst degradation"] == pytest.approx(worse.max())
@@ -131,6 +158,7 @@ def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
     assert found["worst degradation, pruned"] == pytest.approx((losses["full", "prune"] - losses["source"]).max())
     assert found["average bits per byte"] == pytest.approx(2 * losses["full", "continue"].mean())
     assert found["share of the time for evaluations and schedule"] == pytest.approx(0.5)
+    assert found[f"true continuations, {data.domains[1]}"] == 0.55
     shares = [found[f"share of the tokens, {d}"] for d in data.domains]
     assert shares == pytest.approx(np.arange(n) / np.arange(n).sum())
     natural = np.array([data.tokens(d, "train").size for d in data.domains], float)
@@ -148,14 +176,17 @@ def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
     row = before["skew"]["full"]["worst degradation"]
     assert row["values"] == [pytest.approx(worse.max())] and row["sd"] is None and row["minus constant"] is None
 
+    table = compare.answers_table(before["skew"]).splitlines()
+    assert table[0] == f"| | {' | '.join(data.domains)} | average |"
+    assert table[2].startswith("| constant | 50.0 ± 3.0 | 55.0 ± 3.0 |") and len(table) == 4
+
     # on another machine: what is not here is as it was, what is here is measured again
     was = json.loads(json.dumps(before))
     before["skew"]["constant"]["worst degradation"]["values"] = [9.0]
-    before["skew"]["answers"] = {"constant": {}}
     chains["full"].result.unlink()
     assert "full" not in compare.report(list(chains.values()))["skew"]
     kept = compare.report(list(chains.values()), before)["skew"]
-    assert kept == was["skew"] | {"answers": {"constant": {}}}
+    assert kept == was["skew"]
     before["skew"]["full"]["average loss"]["values"][0] += 0.01  # which cannot be if the source is the same
     with pytest.raises(ValueError, match="skew, seed 0: .* another source model"):
         compare.report(list(chains.values()), before)
@@ -176,7 +207,7 @@ def test_the_tables_in_the_docs_are_what_was_measured():
     results = json.loads((ROOT / "docs/compare/results.json").read_text())
     text = (ROOT / "docs/comparison.md").read_text()
     assert compare.overview({part: rows for part, rows in results.items() if part != "command"}) in text
-    assert compare.answers_table(results["skew"]["answers"]) in text
+    assert compare.answers_table(results["skew"]) in text
 
 
 def test_a_law_sees_only_what_was_known():
