@@ -439,13 +439,14 @@ class Trainer:
 
 
 def main():
+    """Settings to a model, its gates, data and mixture; from there to the last step; from there to model/."""
     with user_errors():
         s = load(Settings, sys.argv[1:])
         if s.dry_run:
             return cost.dry_run(s, make_masks, Trainer)
         device = parallel.start(find_device(s.device))
         torch.set_num_threads(s.threads or torch.get_num_threads())
-        rows, micro_batch = s.rows(parallel.size())
+        _, micro_batch = s.rows(parallel.size())
         data = TokenData(s.data, s.domains or None)
         run = Run(s.out, asdict(s), FREE, s.resume)
         if run.finished:
@@ -490,6 +491,24 @@ def main():
         )
 
     trainer = Trainer(s, model, masks.to(device) if masks else None, len(data.domains))
+    try:
+        train(s, trainer, data, reader, mixture, run)
+        finish(s, trainer, data, run, sharding)
+    except SystemExit:  # whatever for: a checkpoint that is still being written is a good one
+        run.finish_save()
+        raise
+    except (OSError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        newest = newest_checkpoint(run.path)
+        where = f"the same command goes on from {newest}" if newest else "there is no checkpoint yet"
+        sys.exit(f"train.py: could not write to {run.path}: {error}; {where}")
+    parallel.stop()
+
+
+def train(s: Settings, trainer: Trainer, data: TokenData, reader: BatchReader, mixture: Mixture, run: Run) -> None:
+    """All steps, from the run's checkpoint if it has one. SystemExit when it is told to stop before the last."""
+    config, masks, device = trainer.model.config, trainer.masks, trainer.device
     first, seconds, tokens_per_step = 0, 0.0, s.batch_size * s.seq_len
     if run.state is not None:
         with user_errors():
@@ -522,7 +541,8 @@ def main():
 
     def fetch(step):
         """This process's rows of a step's batch, ready to be copied to the device."""
-        batch = reader.next(step, mixture.weights, slice(parallel.rank() * rows, (parallel.rank() + 1) * rows))
+        start = parallel.rank() * trainer.rows
+        batch = reader.next(step, mixture.weights, slice(start, start + trainer.rows))
         tensors = [torch.from_numpy(x) for x in batch]
         return [x.pin_memory() for x in tensors] if device.type == "cuda" else tensors
 
@@ -538,57 +558,45 @@ def main():
         }
         run.save(step, trainer.tree, trainer.optimizer, state, s.keep_checkpoints, in_background=device.type == "cuda")
 
-    try:
-        if first == 0:
-            evaluate(s, trainer, data, mixture, run, 0, seen)
-            since = time.time()
-        ahead = ThreadPoolExecutor(1)  # reads the next batch while this one is trained on
-        upcoming, logged = ahead.submit(fetch, first), first
-        for step in range(first, s.steps):
-            done = step + 1
-            batch = upcoming.result()
-            position, seen = reader.state_dict(), reader.tokens_seen()
-            evaluating = done % s.eval_interval == 0 or done == s.steps
-            if not evaluating:
-                upcoming = ahead.submit(fetch, done)
-            trainer.step(step, *(x.to(device, non_blocking=True) for x in batch))
-            run.finish_save(wait=False)
+    if first == 0:
+        evaluate(s, trainer, data, mixture, run, 0, seen)
+        since = time.time()
+    ahead = ThreadPoolExecutor(1)  # reads the next batch while this one is trained on
+    upcoming, logged = ahead.submit(fetch, first), first
+    for step in range(first, s.steps):
+        done = step + 1
+        batch = upcoming.result()
+        position, seen = reader.state_dict(), reader.tokens_seen()
+        evaluating = done % s.eval_interval == 0 or done == s.steps
+        if not evaluating:
+            upcoming = ahead.submit(fetch, done)
+        trainer.step(step, *(x.to(device, non_blocking=True) for x in batch))
+        run.finish_save(wait=False)
 
-            if done % s.log_interval == 0 or done == s.steps:
-                log(s, trainer, data.domains, mixture, run, done)
-                now = time.time()
-                speed = (done - logged) * tokens_per_step / (now - since)
-                left = (s.steps - done) * (now - started) / (done - first)
-                report_speed(run, config, s, device, done, speed, seconds + now - started, left)
-                since, logged = now, done
-            if evaluating:
-                trainer.check(data.domains)
-                before = time.time()
-                evaluate(s, trainer, data, mixture, run, done, seen)
-                since += time.time() - before  # that was no training
-                if done < s.steps:
-                    upcoming = ahead.submit(fetch, done)  # by the new weights
-            stop = parallel.any_of(bool(interrupted)) or done == s.stop_at
-            if done % s.save_interval == 0 or done == s.steps or stop:
-                trainer.check(data.domains)
-                save(done)
-            if stop and done < s.steps:
-                run.finish_save()
-                say(f"stopped after step {done}; the same command goes on from here")
-                parallel.stop()
-                sys.exit(130 if signal.SIGINT in interrupted else 0)
-        run.finish_save()
-        finish(s, trainer, data, run, micro_batch, sharding)
-    except SystemExit:  # whatever for: a checkpoint that is still being written is a good one
-        run.finish_save()
-        raise
-    except (OSError, CheckpointException) as error:
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        newest = newest_checkpoint(run.path)
-        where = f"the same command goes on from {newest}" if newest else "there is no checkpoint yet"
-        sys.exit(f"train.py: could not write to {run.path}: {error}; {where}")
-    parallel.stop()
+        if done % s.log_interval == 0 or done == s.steps:
+            log(s, trainer, data.domains, mixture, run, done)
+            now = time.time()
+            speed = (done - logged) * tokens_per_step / (now - since)
+            left = (s.steps - done) * (now - started) / (done - first)
+            report_speed(s, trainer, run, done, speed, seconds + now - started, left)
+            since, logged = now, done
+        if evaluating:
+            trainer.check(data.domains)
+            before = time.time()
+            evaluate(s, trainer, data, mixture, run, done, seen)
+            since += time.time() - before  # that was no training
+            if done < s.steps:
+                upcoming = ahead.submit(fetch, done)  # by the new weights
+        stop = parallel.any_of(bool(interrupted)) or done == s.stop_at
+        if done % s.save_interval == 0 or done == s.steps or stop:
+            trainer.check(data.domains)
+            save(done)
+        if stop and done < s.steps:
+            run.finish_save()
+            say(f"stopped after step {done}; the same command goes on from here")
+            parallel.stop()
+            sys.exit(130 if signal.SIGINT in interrupted else 0)
+    run.finish_save()
 
 
 def evaluate(s: Settings, trainer: Trainer, data: TokenData, mixture: Mixture, run: Run, step: int, seen: dict) -> None:
@@ -670,9 +678,10 @@ def log(s: Settings, trainer: Trainer, domains: list[str], mixture: Mixture, run
         print(f"{text}  lr {lr:.2e}", end="  ")
 
 
-def report_speed(run, config, s, device, done: int, speed: float, seconds: float, left: float) -> None:
+def report_speed(s: Settings, trainer: Trainer, run: Run, done: int, speed: float, seconds: float, left: float) -> None:
     """The rest of that line, and a line of timings.jsonl: nothing that another run would repeat."""
-    flops, peak = config.flops_per_token(s.seq_len) * speed / parallel.size(), cost.peak_flops(device, s.dtype)
+    device, flops_per_token = trainer.device, trainer.model.config.flops_per_token(s.seq_len)
+    flops, peak = flops_per_token * speed / parallel.size(), cost.peak_flops(device, s.dtype)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_memory()
     run.time(
         step=done,
@@ -685,7 +694,7 @@ def report_speed(run, config, s, device, done: int, speed: float, seconds: float
     say(f"{speed:,.0f} tokens/s{utilisation}  {memory / 1e9:.1f} GB  {clock(left)} left")
 
 
-def finish(s: Settings, trainer: Trainer, data: TokenData, run: Run, micro_batch: int, sharding: dict) -> None:
+def finish(s: Settings, trainer: Trainer, data: TokenData, run: Run, sharding: dict) -> None:
     """Cut the small model out, write model/, measure what was written."""
     masks, partial = trainer.masks, run.path / "model.partial"
     whole = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -700,7 +709,7 @@ def finish(s: Settings, trainer: Trainer, data: TokenData, run: Run, micro_batch
     parallel.barrier()
     small = parallel.read_model(partial, trainer.device, **sharding)
     with autocast(s, small):
-        losses = domain_losses(small, data, "val", s.seq_len, s.eval_sequences, micro_batch)
+        losses = domain_losses(small, data, "val", s.seq_len, s.eval_sequences, trainer.micro_batch)
     run.log(
         type="end",
         step=s.steps,

@@ -32,8 +32,8 @@ Parts, in this order:
 All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. Some of the
 models are asked the two-choice questions of continuation.py, too. What is done is skipped, so an interrupted call
 goes on (after a change of the configs or of the data, remove out/compare first); two runs on one thread each go side
-by side. The report goes to docs/compare/; that of a trial (--scale) or of other data, with `constant`, `sheared`, `dro`
-and `full` only, to a folder of its own beside out/compare.
+by side. The report goes to docs/compare/ (or --docs); that of a trial (--scale) or of other data, with `constant`,
+`sheared`, `dro` and `full` only, to a folder of its own beside out/compare.
 """
 
 import argparse
@@ -533,6 +533,7 @@ def main():
         "--data", metavar="DIR", help="another data set, as prepare_data.py makes it, instead of the parts"
     )
     parser.add_argument("--ratio", default="{}", help="its mixture while pruning and after; default: as it is")
+    parser.add_argument("--docs", metavar="DIR", help="where the report goes")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument(
         "--keep",
@@ -556,7 +557,9 @@ def main():
             OUT = OUT.with_name(f"{OUT.name}_{args.scale:g}")
         if args.data or args.scale != 1:
             DOCS = OUT
-        before = json.loads((DOCS / "results.json").read_text()) if args.keep else {}
+        DOCS = Path(args.docs or DOCS)
+        kept = DOCS / "results.json"
+        before = json.loads(kept.read_text()) if args.keep and kept.exists() else {}
         before.pop("command", None)
         if not args.report:
             run_all(args, published(before))
