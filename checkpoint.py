@@ -6,7 +6,8 @@
     out/RUN/checkpoints/step_N/    torch.distributed.checkpoint's files (weights, optimizer, gates, multipliers), a
                                    shard per process, readable by any number of processes; and state.json: domain
                                    weights and history, data position, how long metrics.jsonl was
-    out/RUN/model/                 the finished model in Hugging Face's format
+    out/RUN/model/                 the finished model in Hugging Face's format, and what is to be known of it:
+                                   pruning.json (which indices were kept), trained_with.json (which tokenizer)
 
 A checkpoint and the model are written beside their place and renamed when they are whole, so whatever bears its name
 is whole. The first process writes and the others read: on several machines, `out` is on a file system that they share.
@@ -25,6 +26,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import parallel
+from data import TokenData
+from masks import PruningMasks, extract
+from model import Llama, LlamaConfig
+from tokenizer import fingerprint, load_tokenizer
+
+TOKENIZER_FILES = (  # what `transformers` may write beside the weights
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+# beside a model that train.py wrote: the indices that were kept; the tokenizer of its data, and fingerprint
+PRUNING, TRAINED_WITH = "pruning.json", "trained_with.json"
+
+
+# -- runs and their checkpoints -------------------------------------------------------------------------------------
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -47,11 +62,12 @@ def read_checkpoint(content: dict, path: Path) -> None:
 
 
 class Run:
-    """A run's directory. `finished`: it has a model. `state`: of the checkpoint it goes on from, None for a new run.
+    """A run's directory. `finished`: it has a model. `state`: of the checkpoint it goes on from, or None.
 
     resume: 'auto' goes on from the newest checkpoint; 'never' refuses where there is one; a path, of a run or of one
-    of its checkpoints, is what a new run goes on from (and is not touched). ValueError where either was started with
-    other settings, except for those in `free`, or is no run.
+    of its checkpoints, is what a new run goes on from (and is not touched); one that has checkpoints of its own goes
+    on from those. ValueError where either was started with other settings, except for those in `free`, or is no run,
+    for an older checkpoint of its own, and where metrics.jsonl lacks what was logged before the checkpoint.
     """
 
     def __init__(self, out: str, settings: dict, free: set[str], resume: str = "auto"):
@@ -61,9 +77,13 @@ class Run:
         self.metrics = self.timings = self.pending = self.group = None
         if resume == "never" and (self.finished or self.checkpoint):
             raise ValueError(f"{out} holds a run already: remove it, or choose another --out, or resume='auto'")
-        origin = self.path
+        origin, given = self.path, Path(resume).absolute()
+        if self.checkpoint and given.parent == self.checkpoint.parent.absolute() and given.name != self.checkpoint.name:
+            raise ValueError(
+                f"resume = '{resume}': {out} goes on from its newest checkpoint, {self.checkpoint.name}; to go back, "
+                "choose another --out"
+            )
         if resume not in ("auto", "never") and not (self.finished or self.checkpoint):
-            given = Path(resume).absolute()
             self.checkpoint = given if (given / "state.json").is_file() else newest_checkpoint(given)
             if self.checkpoint is None:
                 raise ValueError(
@@ -71,6 +91,9 @@ class Run:
                 )
             origin = self.checkpoint.parent.parent
         self.state = json.loads((self.checkpoint / "state.json").read_text()) if self.checkpoint else None
+        logged = origin / "metrics.jsonl"
+        if self.state and not (logged.is_file() and logged.stat().st_size >= self.state["metrics_bytes"]):
+            raise ValueError(f"{logged}: what was logged before {self.checkpoint.name} is not there any more")
         for config in {self.path / "config.json", origin / "config.json"}:
             if not config.exists():
                 continue
@@ -170,3 +193,80 @@ def write(file, line: dict) -> None:
     if file is not None:
         file.write(json.dumps(line).encode() + b"\n")
         file.flush()
+
+
+# -- models: what a path holds, what is beside the weights ----------------------------------------------------------
+
+
+def model_directory(path: str | Path) -> Path | None:
+    """The directory in Hugging Face's format that `path` is, or that the finished run `path` holds; None otherwise."""
+    path = Path(path)
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
+        return path
+    return None
+
+
+def directory_of(model: str) -> Path:
+    """The directory in Hugging Face's format of a model or a finished run. ValueError if there is none."""
+    directory = model_directory(model)
+    if directory is None:
+        there = Path(model).is_dir()
+        what = "this run is not finished, run it to its end first" if there else "no such model or run"
+        raise ValueError(f"{model}: {what}")
+    return directory
+
+
+def load_model(path: str | Path) -> Llama:
+    """The model of a run, of one of its checkpoints, or of a model directory, in float32; ValueError if none."""
+    path = Path(path)
+    if (directory := model_directory(path)) is not None:
+        return Llama.from_pretrained(directory)
+    checkpoint = path if (path / "state.json").is_file() else newest_checkpoint(path)
+    if checkpoint is None:
+        what = "has no model and no checkpoint yet" if path.is_dir() else "no such model, run or checkpoint"
+        raise ValueError(f"{path}: {what}")
+    state = json.loads((checkpoint / "state.json").read_text())
+    source, target = LlamaConfig(**state["source"]), state["target"]
+    tree = nn.ModuleDict({"model": Llama(source)})
+    if target is not None:
+        tree["masks"] = PruningMasks(source, LlamaConfig(**target), 0)
+    weights = tree.state_dict()
+    read_checkpoint({"weights": weights}, checkpoint)
+    tree.load_state_dict(weights)
+    return tree["model"] if target is None else extract(tree["model"], tree["masks"])
+
+
+def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> None:
+    """ValueError unless the model can read the data: a vocabulary as large, and its own tokenizer if that is known."""
+    if config.vocab_size < data.vocab_size:
+        raise ValueError(
+            f"{path}: its vocabulary has {config.vocab_size} tokens, {data.path} needs {data.vocab_size} "
+            f"({data.tokenizer}): prepare the text with the model's own tokenizer"
+        )
+    directory, own, its = model_directory(path), None, None
+    if directory is not None and (directory / TRAINED_WITH).is_file():
+        trained_with = json.loads((directory / TRAINED_WITH).read_text())
+        own, its = trained_with["tokenizer"], trained_with["fingerprint"]
+    elif directory is not None and any((directory / x).is_file() for x in ("tokenizer.json", "tokenizer.model")):
+        own, its = directory, fingerprint(load_tokenizer(str(directory)))
+    if its not in (None, data.fingerprint):
+        raise ValueError(
+            f"{path}: its tokenizer is not the one {data.path} was prepared with ({data.tokenizer}): "
+            f"prepare the text with --tokenizer {own}"
+        )
+
+
+def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None, data: TokenData) -> None:
+    """Write a model directory, with pruning.json (which indices were kept), the tokenizer files of `origin`, and which
+    tokenizer the text was prepared with."""
+    shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(path)
+    trained_with = {"tokenizer": data.tokenizer, "fingerprint": data.fingerprint}
+    (path / TRAINED_WITH).write_text(json.dumps(trained_with))
+    if kept is not None:
+        (path / PRUNING).write_text(json.dumps(kept))
+    for name in TOKENIZER_FILES:
+        if origin is not None and (origin / name).is_file():
+            shutil.copy(origin / name, path)

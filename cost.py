@@ -24,7 +24,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import parallel
-from eval import model_directory
+from checkpoint import model_directory
 from model import LOGITS_AT_ONCE, LlamaConfig, read_config
 from settings import load
 

@@ -88,7 +88,7 @@ def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> n
     """Move the reference ratio towards the weights, p <- delta · q + (1 - delta) · p (section 3.3), within bounds.
 
     Each share is clipped to [1/bound, bound] times its initial value, then, renormalised, to the initial smallest and
-    largest; the last renormalisation may move it a little beyond.
+    largest; the last renormalisation may move it a little beyond. So equal initial shares stay where they are.
     """
     ratio, q, initial = (np.asarray(x, np.float64) for x in (ratio, q, initial))
     p = delta * q + (1 - delta) * ratio
@@ -144,7 +144,7 @@ class Mixture:
             "ratio": self.initial.tolist(),
             "given": None if reference is None else [float(r) for r in reference],
             "reference": None if reference is None else [float(r) for r in reference],
-            "best": None,  # lowest validation loss seen, a domain
+            "best": None,  # lowest validation loss of each domain so far
             "history": {"tokens": [], "losses": [], "params": [], "rates": []},  # one row per evaluation
         }
 
@@ -161,7 +161,7 @@ class Mixture:
         progress: share of the run that is done, 0 to 1. losses: validation losses (n,), nats. tokens: tokens of each
         domain seen (n,); tokens_end: expected at the end of the run. params, params_end: parameters left now, at the
         end; rate, rate_end: learning rate now, at the end, as shares of its peak. Returns {"laws", "no_prediction"}: a
-        ScalingLaw or None and the reason for none, a domain each. ValueError names the domain whose loss is not finite.
+        ScalingLaw or None per domain, why there is none. ValueError names the domain whose loss is not finite.
         """
         s, losses = self.state, np.asarray(losses, np.float64)
         for name, loss in zip(self.domains, losses):

@@ -8,7 +8,7 @@
 Each argument is a run, a checkpoint of it, or a model directory in Hugging Face's format. A run without a finished
 model is read from its newest checkpoint; a checkpoint of a pruning run is extracted at its target shape first.
 
-Perplexity is exp(loss) a token. Bits per byte is loss / ln 2 · tokens / bytes, which can be compared across tokenizers.
+Perplexity is exp(loss per token). Bits per byte is loss / ln 2 · tokens / bytes, to compare across tokenizers.
 Degradation is the loss above that of the first model named.
 """
 
@@ -24,17 +24,15 @@ from pathlib import Path
 import torch
 
 import parallel
-from checkpoint import newest_checkpoint, read_checkpoint
+from checkpoint import check_tokenizer, load_model
 from continuation import Question, accuracy, log_likelihoods, make_questions, read_questions, write_questions
 from data import TokenData
-from masks import PruningMasks, extract
-from model import Gates, KVCache, Llama, LlamaConfig
+from model import Gates, KVCache, Llama
 from settings import Parser, user_errors
-from tokenizer import fingerprint, load_tokenizer
+from tokenizer import load_tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
 
-TRAINED_WITH = "trained_with.json"  # beside a model that train.py wrote: the tokenizer of its data, and fingerprint
 QUESTIONS_A_DOMAIN = 200
 PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens generated, times measured
 
@@ -93,75 +91,10 @@ def speed(models: list[Llama]) -> list[dict[str, float]]:
     return [{f"{kind}_tokens_per_second": 1 / statistics.median(t[kind]) for kind in t} for t in seconds]
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name, 'auto' for CUDA if there is one. ValueError for one that is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu or cuda is needed")
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = '{name}': {str(error).splitlines()[0]}") from None
-    return device
-
-
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done its work, where it works on its own."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-# -- models from runs -----------------------------------------------------------------------------------------------
-
-
-def model_directory(path: str | Path) -> Path | None:
-    """The directory in Hugging Face's format that `path` is, or that the finished run `path` holds; None otherwise."""
-    path = Path(path)
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
-    if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
-        return path
-    return None
-
-
-def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> None:
-    """ValueError unless the model can read the data: a vocabulary as large, and its own tokenizer if that is known."""
-    if config.vocab_size < data.vocab_size:
-        raise ValueError(
-            f"{path}: its vocabulary has {config.vocab_size} tokens, {data.path} needs {data.vocab_size} "
-            f"({data.tokenizer}): prepare the text with the model's own tokenizer"
-        )
-    directory, own, its = model_directory(path), None, None
-    if directory is not None and (directory / TRAINED_WITH).is_file():
-        trained_with = json.loads((directory / TRAINED_WITH).read_text())
-        own, its = trained_with["tokenizer"], trained_with["fingerprint"]
-    elif directory is not None and any((directory / x).is_file() for x in ("tokenizer.json", "tokenizer.model")):
-        own, its = directory, fingerprint(load_tokenizer(str(directory)))
-    if its not in (None, data.fingerprint):
-        raise ValueError(
-            f"{path}: its tokenizer is not the one {data.path} was prepared with ({data.tokenizer}): "
-            f"prepare the text with --tokenizer {own}"
-        )
-
-
-def load_model(path: str | Path) -> Llama:
-    """The model of a run, of one of its checkpoints, or of a model directory, in float32; ValueError if none."""
-    path = Path(path)
-    if (directory := model_directory(path)) is not None:
-        return Llama.from_pretrained(directory)
-    checkpoint = path if (path / "state.json").is_file() else newest_checkpoint(path)
-    if checkpoint is None:
-        what = "has no model and no checkpoint yet" if path.is_dir() else "no such model, run or checkpoint"
-        raise ValueError(f"{path}: {what}")
-    state = json.loads((checkpoint / "state.json").read_text())
-    source, target = LlamaConfig(**state["source"]), state["target"]
-    tree = torch.nn.ModuleDict({"model": Llama(source)})
-    if target is not None:
-        tree["masks"] = PruningMasks(source, LlamaConfig(**target), 0)
-    weights = tree.state_dict()
-    read_checkpoint({"weights": weights}, checkpoint)
-    tree.load_state_dict(weights)
-    return tree["model"] if target is None else extract(tree["model"], tree["masks"])
 
 
 # -- command --------------------------------------------------------------------------------------------------------
@@ -204,8 +137,9 @@ def table(results: dict) -> str:
     block = sum(wide for _, wide, _ in columns.values())
     lines = [" " * width + "".join(f"{shorten(name, block - 2):>{block}}" for name in names)]
     lines.append(" " * width + "".join(f"{title:>{wide}}" for title, (_, wide, _) in columns.items()) * len(names))
-    for label in [*domains, "average", "worst"]:
-        rows = [r["domains"].get(label) or r[label] for r in results.values()]
+    lines_of = [(d, [r["domains"][d] for r in results.values()]) for d in domains]
+    lines_of += [(label, [r[label] for r in results.values()]) for label in ("average", "worst")]
+    for label, rows in lines_of:
         cells = (f"{row[key]:>{wide}.{digits}f}" for row in rows for key, wide, digits in columns.values())
         lines.append(f"{label:<{width}}" + "".join(cells))
     for label, key in (
@@ -256,8 +190,10 @@ def answer_table(results: dict) -> str:
     domains = list(next(iter(results.values()))["domains"])
     width, block = max(map(len, [*domains, "average"])), 30
     lines = [" " * width + "".join(f"{shorten(name, block - 2):>{block}}" for name in results)]
-    for label in [*domains, "average"]:
-        rows = [r["domains"].get(label) or r[label] for r in results.values()]
+    for label, rows in [
+        *((d, [r["domains"][d] for r in results.values()]) for d in domains),
+        ("average", [r["average"] for r in results.values()]),
+    ]:
         cells = (f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}" for row in rows)
         lines.append(f"{label:<{width}}" + "".join(f"{cell:>{block}}" for cell in cells))
     return "\n".join(lines)
@@ -291,7 +227,7 @@ def main():
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto = cuda if there is one")
     with user_errors():
         args = parser.parse_args()
-        data, device = TokenData(args.data), find_device(args.device)
+        data, device = TokenData(args.data), parallel.find_device(args.device)
         models = [load_model(path).to(device).eval() for path in args.models]
         for path, model in zip(args.models, models):
             check_tokenizer(path, model.config, data)

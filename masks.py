@@ -22,7 +22,6 @@ out: the small dense Llama computes exactly what the source does with its determ
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,8 +32,18 @@ from model import Gates, Llama, LlamaConfig
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # stretch and temperature
 LOG_ALPHA_MIN, LOG_ALPHA_MAX = math.log(1e-2), math.log(1e2)
 NOISE, CHOICE = 3, 4  # tags of random streams: gates must know nothing of the batch (data.py has 1 and 2)
-Scores = Gates  # in the same shapes: what structures are ranked by when they are not learned
+Scores = Gates  # what structures are ranked by when they are not learned: any numbers, the higher are kept
 UNDECIDED = (0.05, 0.95)  # a gate whose P(z = 0) lies between is neither kept nor pruned yet
+
+
+def gate_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """granularity -> shape of the gates that prune it."""
+    return {
+        "layer": (config.n_layer,),
+        "hidden": (config.d_model,),
+        "head": (config.n_layer, config.n_kv_head),
+        "ffn": (config.n_layer, config.d_ffn),
+    }
 
 
 class HardConcrete(nn.Module):
@@ -98,15 +107,9 @@ class PruningMasks(nn.Module):
         super().__init__()
         self.source, self.target, self.sparsity_warmup = source, target, sparsity_warmup
         check_target(source, target)
-        n_layer = source.n_layer
-        shapes = {  # granularity -> shape of its gates, how many each row keeps
-            "layer": ((n_layer,), target.n_layer),
-            "hidden": ((source.d_model,), target.d_model),
-            "head": ((n_layer, source.n_kv_head), target.n_kv_head),
-            "ffn": ((n_layer, source.d_ffn), target.d_ffn),
-        }
-        self.multipliers = nn.ModuleDict()
-        for granularity, (shape, keep) in shapes.items():
+        self.multipliers, small = nn.ModuleDict(), gate_shapes(target)
+        for granularity, shape in gate_shapes(source).items():
+            keep = small[granularity][-1]
             pruned = keep < shape[-1]
             setattr(self, granularity, HardConcrete(shape, keep, log_alpha) if pruned else None)
             if pruned:
@@ -261,7 +264,7 @@ def extract(model: Llama, masks: PruningMasks) -> Llama:
     What is zero is cut out; what is left of a gate is folded into the weight whose rows it scales in the forward.
     """
     z, kept = masks.deterministic(at_target=True), kept_indices(masks)
-    config, d = replace(masks.target, max_seq_len=model.config.max_seq_len), kept["hidden"]
+    config, d = masks.target, kept["hidden"]
 
     def fold(weight, z, rows, columns=None):
         if z is not None:
@@ -302,15 +305,8 @@ def extract(model: Llama, masks: PruningMasks) -> Llama:
 @torch.no_grad()
 def kept_indices(masks: PruningMasks) -> dict[str, Tensor]:
     """granularity -> indices kept at the target, in order: layer (L',), hidden (D',), head (L, G'), ffn (L, I')."""
-    s = masks.source
-    shapes = {
-        "layer": (s.n_layer,),
-        "hidden": (s.d_model,),
-        "head": (s.n_layer, s.n_kv_head),
-        "ffn": (s.n_layer, s.d_ffn),
-    }
     kept, z = {}, masks.deterministic(at_target=True)
-    for granularity, shape in shapes.items():
+    for granularity, shape in gate_shapes(masks.source).items():
         gates = getattr(masks, granularity)
         if gates is None:
             kept[granularity] = torch.arange(shape[-1]).expand(shape)

@@ -86,7 +86,7 @@ class LlamaConfig:
 
 
 class Gates(NamedTuple):
-    """One value z a component; None where nothing is pruned. `masks.py` makes them, the model only multiplies."""
+    """One value z per component; None where nothing is pruned. `masks.py` makes them, the model only multiplies."""
 
     layer: Tensor | None = None  # (L,)
     hidden: Tensor | None = None  # (D,)
@@ -147,8 +147,9 @@ class RMSNorm(nn.Module):
         weight, surviving = self.weight, x.shape[-1]
         if z is not None:
             weight, surviving = weight * z.to(weight.dtype), (z != 0).sum().clamp(min=1)
-        mean_square = x.to(at_least_float32(x.dtype)).square().sum(-1, keepdim=True) / surviving
-        return x * torch.rsqrt(mean_square + self.eps).to(x.dtype) * weight
+        x_high = x.to(at_least_float32(x.dtype))  # the factor in bfloat16 would be off by the same for the whole row
+        mean_square = x_high.square().sum(-1, keepdim=True) / surviving
+        return (x_high * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * weight
 
 
 class Attention(nn.Module):
@@ -269,7 +270,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of tokens (B, T); with `targets` (B, T) their cross entropies (B, T), nats, float32 or more.
 
-        z: gates, see `Gates`; None for the plain Llama. cache: one KVCache a layer, appended to.
+        z: gates, see `Gates`; None for the plain Llama. cache: one KVCache per layer, appended to.
         """
         z = Gates() if z is None else z
         start = 0 if cache is None else cache[0].used
@@ -357,7 +358,7 @@ class Llama(nn.Module):
             size, total = size + n_bytes, total + n_bytes
         places = {}
         for i, names in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             state = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
             try:
                 save_file(state, path / f"{file}.partial", metadata={"format": "pt"})
@@ -368,6 +369,7 @@ class Llama(nn.Module):
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (path / (SINGLE if len(shards) > 1 else INDEX)).unlink(missing_ok=True)  # of an older model, not to be read
         c = self.config
         config = {
             "architectures": ["LlamaForCausalLM"],
@@ -378,7 +380,7 @@ class Llama(nn.Module):
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers, too, reads the first if it is there
 HF_KEYS = {  # Hugging Face's config.json key -> LlamaConfig field
     "vocab_size": "vocab_size",
     "num_hidden_layers": "n_layer",
@@ -403,8 +405,8 @@ def open_weights(path: Path, model: Llama) -> Callable[..., Tensor]:
     """Open the safetensors files of a model directory: read(name, rows=slice(None)) gives a parameter, or some rows of
     it, as they are stored. Only headers are read here. ValueError unless the files hold just `model`'s parameters."""
     index = path / INDEX
-    names = ["model.safetensors"]
-    if index.exists():
+    names = [SINGLE]
+    if index.exists() and not (path / SINGLE).exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -462,6 +464,7 @@ def read_config(path: Path) -> LlamaConfig:
     raw["rope_scaling"] = {"rope_type": kind, **{k: rope[k] for k in LLAMA3_ROPE}} if kind == "llama3" else None
     values = {ours: raw[theirs] for theirs, ours in HF_KEYS.items() if raw.get(theirs) is not None}
     values.setdefault("n_kv_head", values.get("n_head"))
+    values.setdefault("norm_eps", 1e-6)  # transformers' default
     if "head_dim" not in values and "n_head" in values and "d_model" in values:
         values["head_dim"] = values["d_model"] // values["n_head"]
     required = {f.name for f in fields(LlamaConfig) if f.default is MISSING}

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py config/prune_7b.py
 
 DDP: every process holds the whole model and a share of the batch; gradients are averaged. FSDP2 (`fully_shard`): every
-process holds 1/n of each parameter, gradient and optimizer state, and gathers one layer at a time to compute with it.
+process holds 1/n of each parameter and optimizer state, and gathers one layer at a time to compute with it.
 Both are PyTorch's. With one process all of this does nothing, and training is the same code.
 
 The gates are small: every process holds them all, and averages their gradients itself.
@@ -30,13 +30,25 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 # -- who am I, and how do we agree? ---------------------------------------------------------------------------------
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a name, 'auto' for CUDA if there is one. ValueError for one that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu or cuda is needed")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = '{name}': {str(error).splitlines()[0]}") from None
+    return device
+
+
 def start(device: torch.device) -> torch.device:
     """Join the processes that torchrun started; returns the device of this one. Nothing to do without torchrun."""
     if "WORLD_SIZE" not in os.environ:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():  # all of them see it: one says so
             raise ValueError(f"{torch.cuda.device_count()} GPUs here, fewer than --nproc_per_node")
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))

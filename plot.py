@@ -278,8 +278,10 @@ def weights_figure(run: Run) -> Figure:
 
 def schedule(run: Run) -> str:
     """The schedule and its additions in words."""
-    parts = [w for w in ("reference", "ratio") if run.info.get(f"dynamic_{w}")]
-    return f"{run.info.get('schedule', 'unknown')} schedule" + (f", dynamic {' and '.join(parts)}" if parts else "")
+    name = run.info.get("schedule", "unknown")
+    additions = {"dro": ("reference", "ratio"), "sheared": ("reference",)}.get(name, ())  # that it makes use of
+    parts = [w for w in additions if run.info.get(f"dynamic_{w}")]
+    return f"{name} schedule" + (f", dynamic {' and '.join(parts)}" if parts else "")
 
 
 def forecasts(run: Run, domain: str) -> list[dict]:

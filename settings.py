@@ -178,7 +178,7 @@ def read_config(path: Path, problems: list[str]) -> list[tuple[str, str, ast.AST
 
 
 def help_text(cls: type) -> str:
-    """The dataclass' docstring and one line a field: `--name=default  documentation`."""
+    """The dataclass' docstring and one line per field: `--name=default  documentation`."""
     rows = [(f"--{name}={default!r}", doc) for name, (_, default, doc) in fields(cls).items()]
     width = min(40, max(len(left) for left, _ in rows))
     return "\n".join([cls.__doc__.strip(), "", *(f"  {left:<{width}}  {doc}" for left, doc in rows)])

@@ -34,18 +34,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import cost
 import parallel
-from checkpoint import Run, newest_checkpoint
+from checkpoint import PRUNING, Run, check_tokenizer, directory_of, model_directory, newest_checkpoint, save_model
 from data import BatchReader, TokenData
 from dro import MORE_POINTS_THAN, Mixture
-from eval import TRAINED_WITH, bits_per_byte, check_tokenizer, domain_losses, find_device, model_directory
+from eval import bits_per_byte, domain_losses
 from masks import PruningMasks, describe, extract, magnitude_scores, random_scores, scores_of
 from model import Gates, Llama, LlamaConfig, read_config
 from settings import load, user_errors
 
-TOKENIZER_FILES = (  # what `transformers` may write beside the weights
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
-)
 GATE_BINS = 32  # hidden and ffn gates are logged as means over at most this many bins
 
 
@@ -106,9 +102,14 @@ class Settings:
 
     # domains
     ratio: Annotated[dict, "initial share of each domain, {} = by its number of tokens"] = field(default_factory=dict)
-    schedule: Annotated[Literal["constant", "sheared", "dro"], "how evaluations move the domain weights"] = "constant"
-    dynamic_reference: Annotated[bool, "reference loss from the scaling law's prediction (section 3.2)"] = False
-    dynamic_ratio: Annotated[bool, "reference ratio follows the weights (section 3.3)"] = False
+    schedule: Annotated[
+        Literal["constant", "sheared", "dro"],
+        "how evaluations move the domain weights; 'sheared' is Sheared LLaMA's without dynamic_reference",
+    ] = "constant"
+    dynamic_reference: Annotated[
+        bool, "reference loss from the scaling law's prediction (section 3.2), for 'dro' and 'sheared'"
+    ] = False
+    dynamic_ratio: Annotated[bool, "reference ratio follows the weights (section 3.3), for 'dro'"] = False
     law: Annotated[
         Literal["rate", "paper"], "what predicts: eq. 4 with a learning-rate term, all domains together; or eq. 4 alone"
     ] = "rate"
@@ -132,7 +133,9 @@ class Settings:
     # machine
     seed: Annotated[int, "seed of initial weights, gates and data order"] = 0
     device: Annotated[str, "'cpu', 'cuda', 'cuda:1', ...; 'auto' = cuda if there is one"] = "auto"
-    dtype: Annotated[Literal["float32", "bfloat16"], "of the matrix products; weights stay float32"] = "float32"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], "of the matrix products (with fsdp, of all but the loss); weights stay float32"
+    ] = "float32"
     parallel: Annotated[Literal["ddp", "fsdp"], "several processes: each holds the whole model, or a shard"] = "ddp"
     shard_gradients: Annotated[bool, "fsdp: average after every micro-batch: less memory, more traffic"] = False
     activation_checkpointing: Annotated[bool, "compute each layer again in the backward pass: less memory"] = False
@@ -263,16 +266,6 @@ def check_model(s: Settings, name: str, config: LlamaConfig, data: TokenData) ->
         raise ValueError(f"seq_len = {s.seq_len}: {name} was made for {config.max_seq_len} tokens at most")
 
 
-def directory_of(model: str) -> Path:
-    """The directory in Hugging Face's format of a model or a finished run. ValueError if there is none."""
-    directory = model_directory(model)
-    if directory is None:
-        there = Path(model).is_dir()
-        what = "this run is not finished, run it to its end first" if there else "no such model or run"
-        raise ValueError(f"{model}: {what}")
-    return directory
-
-
 def make_masks(s: Settings, source: LlamaConfig) -> PruningMasks | None:
     """The gates of a pruning run. ValueError where the target shape cannot be."""
     if not s.is_pruning:
@@ -307,7 +300,7 @@ def make_masks(s: Settings, source: LlamaConfig) -> PruningMasks | None:
 
 
 def cut(s: Settings, masks: PruningMasks, path: Path) -> None:
-    """Write the small model of a choice that is not learned: the training starts from it."""
+    """Write the small model of a choice that is not learned, and that choice: the training starts from it."""
     model = Llama.from_pretrained(directory_of(s.init_from))
     if s.gates == "random":
         masks.choose_(random_scores(masks, s.seed))
@@ -315,6 +308,7 @@ def cut(s: Settings, masks: PruningMasks, path: Path) -> None:
         masks.choose_(magnitude_scores(model))
     shutil.rmtree(path, ignore_errors=True)
     extract(model, masks).save_pretrained(path)
+    (path / PRUNING).write_text(json.dumps(describe(masks)))
 
 
 def make_optimizer(s: Settings, model: Llama, masks: PruningMasks | None) -> torch.optim.AdamW:
@@ -444,7 +438,7 @@ def main():
         s = load(Settings, sys.argv[1:])
         if s.dry_run:
             return cost.dry_run(s, make_masks, Trainer)
-        device = parallel.start(find_device(s.device))
+        device = parallel.start(parallel.find_device(s.device))
         torch.set_num_threads(s.threads or torch.get_num_threads())
         _, micro_batch = s.rows(parallel.size())
         data = TokenData(s.data, s.domains or None)
@@ -467,7 +461,7 @@ def main():
         start = directory_of(s.init_from) if s.init_from else s.seed
         if masks and s.gates != "learned":
             start = run.path / "start"
-            if run.state is None and parallel.is_first():
+            if parallel.is_first() and (run.state is None or not start.exists()):
                 cut(s, masks, start)
             config, masks = masks.target, None
         parallel.barrier()
@@ -489,6 +483,9 @@ def main():
             f"note: a validation sequence of {s.seq_len} tokens is of unrelated pieces of {data.meta['window']}; "
             f"prepare_data.py --window {s.seq_len} makes them whole"
         )
+
+    if s.schedule == "dro" and s.dynamic_ratio and np.ptp(mixture.initial) == 0:
+        say("note: with equal shares in `ratio` its bounds leave dynamic_ratio no room (section 3.3)")
 
     trainer = Trainer(s, model, masks.to(device) if masks else None, len(data.domains))
     try:
@@ -701,7 +698,8 @@ def finish(s: Settings, trainer: Trainer, data: TokenData, run: Run, sharding: d
     picture = gate_picture(masks.deterministic(at_target=True)) if masks else None
     if parallel.is_first():
         model = Llama.of_weights(trainer.model.config, whole)
-        kept = describe(masks.cpu()) if masks else None
+        chosen = run.path / "start" / PRUNING  # and not learned
+        kept = describe(masks.cpu()) if masks else json.loads(chosen.read_text()) if chosen.is_file() else None
         origin = model_directory(s.init_from) if s.init_from else None
         save_model(partial, extract(model, masks) if masks else model, kept, origin, data)
         del model
@@ -725,22 +723,8 @@ def finish(s: Settings, trainer: Trainer, data: TokenData, run: Run, sharding: d
     say(f"{run.path / 'model'}: {small.config.n_params():,} parameters, validation loss {mean:.4f}")
 
 
-def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None, data: TokenData) -> None:
-    """Write a model directory, with pruning.json (which indices were kept), the tokenizer files of `origin`, and which
-    tokenizer the text was prepared with."""
-    shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(path)
-    trained_with = {"tokenizer": data.tokenizer, "fingerprint": data.fingerprint}
-    (path / TRAINED_WITH).write_text(json.dumps(trained_with))
-    if kept is not None:
-        (path / "pruning.json").write_text(json.dumps(kept))
-    for name in TOKENIZER_FILES:
-        if origin is not None and (origin / name).is_file():
-            shutil.copy(origin / name, path)
-
-
 def autocast(s: Settings, model: Llama):
-    """Matrix products in s.dtype. A sharded model does that itself."""
+    """Matrix products in s.dtype. A sharded model computes in it throughout."""
     device = parallel.local(model.embed_tokens.weight).device.type
     mixed = s.dtype == "bfloat16" and not parallel.is_sharded(model)
     return torch.autocast(device, torch.bfloat16, enabled=mixed)

@@ -44,6 +44,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -393,7 +394,7 @@ TITLES = {
 
 def three(x: float) -> str:
     """Three digits after the point, and no zero before it."""
-    return f"{x:.3f}".replace("0.", ".").replace("-", "−")
+    return re.sub(r"^(-?)0\.", r"\1.", f"{round(x, 3) + 0.0:.3f}").replace("-", "−")
 
 
 def spread(entry: dict) -> str:
@@ -552,7 +553,8 @@ def main():
                 raise ValueError(f"--ratio needs a share of each domain: {', '.join(domains)}")
             PARTS.clear()
             PARTS["mine"] = Part(FOUR, args.seeds, given.ratio or None, data=given.data)
-            args.parts, OUT = ["mine"], OUT.with_name(f"compare_{Path(given.data).name}")
+            of = json.dumps([TokenData(given.data).digest, given.ratio])  # other text or shares: another folder
+            args.parts, OUT = ["mine"], OUT.with_name(f"compare_{Path(given.data).name}_{zlib.crc32(of.encode()):08x}")
         if args.scale != 1:
             OUT = OUT.with_name(f"{OUT.name}_{args.scale:g}")
         if args.data or args.scale != 1:
@@ -575,6 +577,7 @@ def main():
     (DOCS / "tables.md").write_text(f"{TABLES}\n{tables(summary)}\n")
     print(overview(summary))
     figures(summary)
+    print(f"{DOCS}: results.json, tables.md and figures")
 
 
 def run_all(args, known: dict) -> None:

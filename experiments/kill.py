@@ -5,7 +5,7 @@
 A pruning run and a continued run (tiny model, real text, the full method, a checkpoint after each step) are each done
 twice: left alone, and killed with SIGKILL at a random moment after each start until it has died --kills times, then
 left to end. Every byte of metrics.jsonl, of model/ and of the last checkpoint's state (domain weights and history, data
-position) is compared. A kill has hit a save if something half-written is left behind.
+position) is compared. A kill has hit a save if it leaves something half-written behind.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT, DATA, DOCS = Path("out/kill"), Path("data/kill"), ROOT / "docs" / "kill"
 SOURCE = "--n_layer=3 --d_model=32 --n_head=4 --d_ffn=48 --lr=3e-3 --steps=60 --eval_interval=60".split()
-START_UP = 6.0  # seconds from the command to the first step, about
 COMMON = "--seq_len=64 --batch_size=4 --threads=1 --eval_sequences=2 --log_interval=3 --save_interval=1".split()
 ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=5 --lr=1e-3 --steps=600".split()
 TARGET = "--target_n_layer=2 --target_d_model=24 --target_n_head=2 --target_d_ffn=32 --gate_samples=2".split()
@@ -37,20 +36,47 @@ def start(stage: str, where: str) -> list[str]:
     return [sys.executable, "-u", "train.py", *COMMON, *options, *source, f"--data={DATA}", f"--out={out}"]
 
 
-def kill_once(command: list[str], rng: random.Random, longest: float) -> bool:
-    """Start it, kill it up to `longest` seconds after it has begun to train, or, one time in five, while it starts.
-    False if it had ended by then."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def begin(command: list[str]) -> subprocess.Popen:
+    """Start it; what it prints can be read."""
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def wait_until_it_trains(process: subprocess.Popen) -> None:
+    """Read what it prints until the first step, or until it goes on from a checkpoint."""
+    for line in process.stdout:
+        if line.startswith(("step", "going on")):
+            break
+
+
+def leave_alone(command: list[str]) -> float:
+    """Start it and let it end; seconds from the command until it trained."""
+    started, process = time.time(), begin(command)
+    wait_until_it_trains(process)
+    seconds = time.time() - started
+    process.stdout.read()
+    if process.wait():
+        sys.exit(f"`{' '.join(command)}` failed")
+    return seconds
+
+
+def kill_once(command: list[str], rng: random.Random, longest: float, start_up: float) -> bool:
+    """Start it, kill it up to `longest` seconds after it has begun to train, or, one time in five, in the `start_up`
+    seconds before. False if it had ended by then."""
+    process = begin(command)
     if rng.random() < 0.8:
-        for line in process.stdout:
-            if line.startswith(("step", "going on")):
-                break
+        wait_until_it_trains(process)
         time.sleep(rng.uniform(0, longest))
     else:
-        time.sleep(rng.uniform(0, START_UP))
+        time.sleep(rng.uniform(0, start_up))
     process.send_signal(signal.SIGKILL)
     process.stdout.close()
     return process.wait() == -signal.SIGKILL
+
+
+def half_written(run: Path) -> set:
+    """What is not whole, with its time: what one kill leaves behind lies there until the next save."""
+    found = [*run.glob("checkpoints/*.partial"), *run.glob("model.partial")]
+    return {(path, path.stat().st_mtime_ns) for path in found}
 
 
 def content(run: Path) -> dict[str, bytes]:
@@ -76,13 +102,14 @@ def main():
     subprocess.run(start("source", ""), **quiet)
     results = {"command": f"python experiments/kill.py --kills {args.kills} --seed {args.seed}"}
     for stage in ("prune", "continue"):
-        subprocess.run(start(stage, "alone"), **quiet)
+        start_up = leave_alone(start(stage, "alone"))
         run, kills, in_a_save, before_the_first = ROOT / OUT / "killed" / stage, 0, 0, 0
         while kills < args.kills:
-            if not kill_once(start(stage, "killed"), rng, args.longest):
+            before = half_written(run)
+            if not kill_once(start(stage, "killed"), rng, args.longest, start_up):
                 sys.exit(f"{stage}: it ended after {kills} kills: choose a smaller --longest")
             kills += 1
-            in_a_save += bool([*run.glob("checkpoints/*.partial"), *run.glob("model.partial")])
+            in_a_save += bool(half_written(run) - before)
             before_the_first += not any(run.glob("checkpoints/step_*[0-9]"))
             print(f"{stage}: killed {kills} times, {in_a_save} times in a save", flush=True)
         subprocess.run(start(stage, "killed"), **quiet)

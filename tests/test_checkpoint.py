@@ -78,8 +78,8 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(in_background, tmp_path)
         run.save(step, model, optimizer, {"seconds": step}, keep=2, in_background=in_background)
         with torch.no_grad():
             model.weight.zero_()  # the next step, while the file is being written
+            run.finish_save()
             model.weight.copy_(expected[step])
-    run.finish_save()
     assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     for step in (2, 3):
         found = {"weights": {"weight": torch.zeros(300, 300), "bias": torch.zeros(300)}}
@@ -177,6 +177,15 @@ def test_a_run_goes_on_with_its_own_data_and_whole_checkpoints(tiny_data, tmp_pa
     err = capsys.readouterr().err
     assert end.value.code == 2 and "step_000010: damaged" in err and err.count("\n") == 1
     weights.write_bytes(whole)
+    assert run(monkeypatch, *args, "--stop_at=20", "--keep_checkpoints=2") == 0
+    assert run(monkeypatch, *args, f"--resume={x / 'checkpoints' / 'step_000010'}") == 2  # no silent way back
+    assert "goes on from its newest checkpoint, step_000020" in capsys.readouterr().err
+    log = (x / "metrics.jsonl").read_bytes()
+    for lost in (log[:-1], b""):
+        (x / "metrics.jsonl").write_bytes(lost)
+        assert run(monkeypatch, *args) == 2
+        assert "before step_000020 is not there any more" in capsys.readouterr().err
+    (x / "metrics.jsonl").write_bytes(log)
     assert run(monkeypatch, *args) == 0
     names = sorted(p.name for p in (x / "checkpoints").iterdir())
     assert names == ["step_000010-mine", "step_000010_2", "step_000030"]  # a user's copies are not ours to delete

@@ -59,6 +59,14 @@ def test_table_and_json_of_runs_checkpoints_and_models(chain, tiny_data, tmp_pat
         assert word in text
 
 
+def test_a_domain_may_be_called_average():
+    rows = [{"loss": x, "perplexity": 1.0, "bits_per_byte": 1.0, "degradation": 0.0} for x in (9.0, 5.0, 7.0)]
+    result = {"domains": {"average": rows[0]}, "average": rows[1], "worst": rows[2]}
+    result |= {"parameters": 1, "prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
+    shown = [line.split()[:2] for line in eval_module.table({"m": result}).splitlines()[2:5]]
+    assert shown == [["average", "9.000"], ["average", "5.000"], ["worst", "7.000"]]
+
+
 def test_a_sample_continues_the_text(chain, tiny_data, monkeypatch, capsys):
     args = (chain[0]["pretrain"], f"--data={tiny_data}", "--sample", "the cat", "--tokens=30")
     assert run(monkeypatch, *args) == 0

@@ -89,6 +89,11 @@ def test_what_is_known_is_not_run_again_but_what_another_needs_is(monkeypatch, t
     assert ran == [("skew", "constant"), ("recovery", "sheared")]
 
 
+def test_numbers_of_the_tables():
+    given = (0.0314, -0.12, 10.5, 100.25, -0.0001)
+    assert [compare.three(x) for x in given] == [".031", "−.120", "10.500", "100.250", ".000"]
+
+
 def test_differences_are_paired_by_seed():
     rng = np.random.default_rng(0)
     mine, other = rng.normal(1, 0.1, 5), rng.normal(1.2, 0.1, 5)

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import KVCache, Llama, LlamaConfig
+from model import KVCache, Llama, LlamaConfig, RMSNorm, read_config
 
 MHA = LlamaConfig(97, 3, 48, 4, 4, 12, 80, 64)
 SHAPES = {
@@ -77,6 +77,41 @@ def test_sharded_and_bfloat16_weights(tmp_path):
         assert relative(ours(tokens), theirs(tokens).logits) < 1e-5
     sharded = Llama.from_pretrained(tmp_path / "many")
     assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(sharded.parameters(), ours.parameters()))
+
+
+@pytest.mark.parametrize("before, after", [(40e3, 5e9), (5e9, 40e3)])
+def test_a_model_written_over_another_is_what_is_read(before, after, tmp_path):
+    """One file over several and the other way round: what is left of the old one counts neither here nor there."""
+    random_llama(MHA).save_pretrained(tmp_path, max_shard_bytes=before)
+    ours = random_llama(MHA)
+    ours.save_pretrained(tmp_path, max_shard_bytes=after)
+    theirs, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(97, (2, 40))
+    with torch.no_grad():
+        assert torch.equal(ours(tokens), Llama.from_pretrained(tmp_path)(tokens))
+        assert relative(ours(tokens), theirs(tokens).logits) < 1e-5
+
+
+def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path):
+    random_llama(MHA).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    optional = ("rms_norm_eps", "rope_theta", "tie_word_embeddings", "num_key_value_heads", "head_dim")
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in optional}))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    random_llama(read_config(tmp_path)).save_pretrained(tmp_path / "again")
+    again = transformers.AutoConfig.from_pretrained(tmp_path / "again")
+    assert all(getattr(config, key, None) == getattr(again, key, None) for key in (*optional, "rope_parameters"))
+
+
+def test_a_norm_in_bfloat16_scales_rows_as_exactly_as_transformers():
+    x = torch.randn(2000, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    theirs = transformers.models.llama.modeling_llama.LlamaRMSNorm(256, 1e-5).bfloat16()
+
+    def error(norm):  # of a row's scale: rounding of single values averages out
+        y = norm(x).double()
+        return ((y * exact).sum(-1) / exact.square().sum(-1) - 1).square().mean().sqrt().item()
+
+    assert error(RMSNorm(256, 1e-5).bfloat16()) < 1.1 * error(theirs)
 
 
 def test_cross_entropy_in_pieces_is_the_same_with_its_gradient(monkeypatch):

@@ -135,6 +135,15 @@ def test_a_mistake_is_one_line_of_ours(pruning, tmp_path):
     assert done.stderr.count("train.py: batch_size = 9 must be a multiple of gate_samples = 4") == 1
 
 
+def test_too_few_gpus_are_known_to_all_processes(monkeypatch):
+    """The one that says so has a GPU itself."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="1 GPUs here, fewer than --nproc_per_node"):
+        parallel.start(torch.device("cuda"))
+
+
 # -- shards ---------------------------------------------------------------------------------------------------------
 
 

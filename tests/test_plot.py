@@ -186,6 +186,19 @@ def test_labels_never_overlap(tmp_path):
         assert boxes[-1].x1 <= fig.bbox.x1 and boxes[0].y0 >= 0
 
 
+def test_a_title_names_what_the_schedule_makes_use_of(tmp_path):
+    both = {"dynamic_reference": True, "dynamic_ratio": True}
+    titles = [
+        plot.schedule(plot.read_metrics(write(tmp_path / name, records(schedule=name, **both))))
+        for name in ("constant", "sheared", "dro")
+    ]
+    assert titles == [
+        "constant schedule",
+        "sheared schedule, dynamic reference",
+        "dro schedule, dynamic reference and ratio",
+    ]
+
+
 def test_spread():
     assert np.allclose(plot.spread(np.array([0.5, 0.1]), 0.1), [0.5, 0.1])
     assert np.allclose(plot.spread(np.array([0.5, 0.5]), 0.1), [0.45, 0.55])
