@@ -13,7 +13,7 @@
 
 Losses fall faster at the end of a cosine schedule than any power of tokens says: eq. 4 alone misses that. A run holds
 too few, too noisy points for every domain to find its own exponents and B, so `fit_together` shares them: A and E are
-the domain's own. docs/comparison.md has what either misses on real runs, and what else was tried.
+the domain's own. docs/laws.md has what either misses on real runs, and what else was tried.
 
 T and P are divided by their last values before fitting: all numbers are of order one then and the fit is well
 conditioned, which it is not on raw token counts. For given exponents the law is linear in the rest, so only the
