@@ -128,6 +128,13 @@ def evaluate(names: list[str], models: list[Llama], data: TokenData, args) -> di
     return results
 
 
+def rows_of(results: dict, *summaries: str) -> list[tuple[str, list[dict]]]:
+    """(label, every model's row): the domains, then the summaries, by whose names a domain may go, too."""
+    models = list(results.values())
+    domains = [(d, [m["domains"][d] for m in models]) for d in models[0]["domains"]]
+    return domains + [(name, [m[name] for m in models]) for name in summaries]
+
+
 def table(results: dict) -> str:
     """The results as text: a row per domain, a block of columns per model."""
     names, domains = list(results), list(next(iter(results.values()))["domains"])
@@ -137,9 +144,7 @@ def table(results: dict) -> str:
     block = sum(wide for _, wide, _ in columns.values())
     lines = [" " * width + "".join(f"{shorten(name, block - 2):>{block}}" for name in names)]
     lines.append(" " * width + "".join(f"{title:>{wide}}" for title, (_, wide, _) in columns.items()) * len(names))
-    lines_of = [(d, [r["domains"][d] for r in results.values()]) for d in domains]
-    lines_of += [(label, [r[label] for r in results.values()]) for label in ("average", "worst")]
-    for label, rows in lines_of:
+    for label, rows in rows_of(results, "average", "worst"):
         cells = (f"{row[key]:>{wide}.{digits}f}" for row in rows for key, wide, digits in columns.values())
         lines.append(f"{label:<{width}}" + "".join(cells))
     for label, key in (
@@ -190,10 +195,7 @@ def answer_table(results: dict) -> str:
     domains = list(next(iter(results.values()))["domains"])
     width, block = max(map(len, [*domains, "average"])), 30
     lines = [" " * width + "".join(f"{shorten(name, block - 2):>{block}}" for name in results)]
-    for label, rows in [
-        *((d, [r["domains"][d] for r in results.values()]) for d in domains),
-        ("average", [r["average"] for r in results.values()]),
-    ]:
+    for label, rows in rows_of(results, "average"):
         cells = (f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}" for row in rows)
         lines.append(f"{label:<{width}}" + "".join(f"{cell:>{block}}" for cell in cells))
     return "\n".join(lines)

@@ -64,8 +64,14 @@ def test_pruning_ends_at_the_target(chain):
     assert load_model(out / "checkpoints" / "step_000060").config == config
 
 
-def test_the_multipliers_ascend(chain):
-    assert all(line["phi"]["ffn"] > 200 for line in metrics(chain[0]["prune"], "train"))  # phi's gradient is a square
+def test_constraint_and_cross_entropy_are_kept_apart(chain):
+    """lambda and phi ascend, log_alpha follows; what is logged as loss is cross entropy alone."""
+    lines = metrics(chain[0]["prune"], "train")
+    assert all(line["phi"]["ffn"] > 200 for line in lines)  # phi's gradient is a square
+    for line in lines:
+        weighted = sum(line["domain_loss"][d] is not None for d in line["domain_loss"])
+        assert weighted and min(filter(None, line["domain_loss"].values())) - 1e-6 <= line["loss"]
+        assert line["loss"] <= max(filter(None, line["domain_loss"].values())) + 1e-6
 
 
 def test_domain_weights_follow_the_evaluations(chain):
