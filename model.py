@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**27  # the loss is computed in pieces of at most this many logits (512 MiB in float32)
@@ -110,6 +111,42 @@ def scale_rows(weight: Tensor, z: Tensor | None) -> Tensor:
     return weight if z is None else weight * z.to(weight.dtype)[..., None]
 
 
+class OneDNNLinear(torch.autograd.Function):
+    """x (..., I), weight (O, I) -> x Wᵀ (..., O) in float32 on the CPU by oneDNN, with its gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return OneDNNLinear.product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        x_rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
+        return OneDNNLinear.product(grad, weight.t()), OneDNNLinear.product(grad_rows.t(), x_rows.t())
+
+    @staticmethod
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        """a bᵀ (..., N) of a (..., K) and b (N, K)."""
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, F.linear's result. For float32 on x86 CPUs that multiplies by MKL, which on AMD's takes twice as long as
+    oneDNN (bench.py); so here oneDNN does, unless `torch.backends.mkldnn.flags(enabled=False)` says otherwise."""
+    if (
+        not torch.compiler.is_compiling()  # it may not read the rest, and has no lowering for oneDNN in training
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.enabled
+    ):
+        return OneDNNLinear.apply(x, weight)
+    return F.linear(x, weight)
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """float32 for the 16-bit dtypes, else the dtype itself: where squares, angles and losses are computed."""
     return torch.promote_types(dtype, torch.float32)
@@ -167,15 +204,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos_sin, z_head: Tensor | None, z_out: Tensor | None, cache) -> Tensor:
         # a head whose values are 0 adds nothing
         v_rows = None if z_head is None else z_head.repeat_interleave(self.head_dim)
-        q, k = self.q_proj(x), self.k_proj(x)
-        v = F.linear(x, scale_rows(self.v_proj.weight, v_rows))
+        q, k = linear(x, self.q_proj.weight), linear(x, self.k_proj.weight)
+        v = linear(x, scale_rows(self.v_proj.weight, v_rows))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         if cache is not None:
             k, v = cache.append(k, v)
         # a single new token may look at everything before it; a prompt is causal within itself
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=self.gqa)
-        return F.linear(y.transpose(1, 2).flatten(2), scale_rows(self.o_proj.weight, z_out))
+        return linear(y.transpose(1, 2).flatten(2), scale_rows(self.o_proj.weight, z_out))
 
 
 class FeedForward(nn.Module):
@@ -188,8 +225,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.d_ffn, config.d_model, bias=False)
 
     def forward(self, x: Tensor, z_ffn: Tensor | None, z_out: Tensor | None) -> Tensor:
-        up = F.linear(x, scale_rows(self.up_proj.weight, z_ffn))
-        return F.linear(F.silu(self.gate_proj(x)) * up, scale_rows(self.down_proj.weight, z_out))
+        gate, up = linear(x, self.gate_proj.weight), linear(x, scale_rows(self.up_proj.weight, z_ffn))
+        return linear(F.silu(gate) * up, scale_rows(self.down_proj.weight, z_out))
 
 
 class Layer(nn.Module):
@@ -286,11 +323,11 @@ class Llama(nn.Module):
             else:
                 x = layer(*inputs)
         x = self.norm(x, z.hidden)
-        return self.lm_head(x) if targets is None else self._cross_entropy(x, targets)
+        return linear(x, self.lm_head.weight) if targets is None else self._cross_entropy(x, targets)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         def piece(x, targets):
-            logits = self.lm_head(x)
+            logits = linear(x, self.lm_head.weight)
             return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, reduction="none")
 
         size = max(1, LOGITS_AT_ONCE // self.config.vocab_size)

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import KVCache, Llama, LlamaConfig, RMSNorm, read_config
+from model import KVCache, Llama, LlamaConfig, RMSNorm, linear, read_config
 
 MHA = LlamaConfig(97, 3, 48, 4, 4, 12, 80, 64)
 SHAPES = {
@@ -112,6 +112,32 @@ def test_a_norm_in_bfloat16_scales_rows_as_exactly_as_transformers():
         return ((y * exact).sum(-1) / exact.square().sum(-1) - 1).square().mean().sqrt().item()
 
     assert error(RMSNorm(256, 1e-5).bfloat16()) < 1.1 * error(theirs)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (3, 7, 40), (2, 1, 40)])
+def test_products_and_their_gradients_are_float64_s(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(s, generator=generator) for s in (shape, (24, 40), (*shape[:-1], 24)))
+    # rows gated, or laid out in another order: what weights and activations look like in the model
+    for change in (lambda w: w, lambda w: w * torch.linspace(0, 1, 24)[:, None], lambda w: w.t().contiguous().t()):
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            inputs = [y.detach().to(dtype, copy=True).requires_grad_() for y in (x, change(weight))]
+            product = linear(*inputs) if dtype == torch.float32 else (inputs[0][..., None, :] * inputs[1]).sum(-1)
+            product.backward(grad.to(dtype))
+            results.append((product, *(y.grad for y in inputs)))
+        for ours, exact in zip(*results):
+            assert ours.shape == exact.shape and relative(ours.double(), exact) < 1e-6
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="F.linear has no MKL to be slow with")
+def test_float32_products_are_onednn_s_and_can_be_turned_off():
+    x, weight = torch.randn(4, 40), torch.randn(24, 40, requires_grad=True)
+    assert "OneDNN" in linear(x, weight).grad_fn.name()
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "OneDNN" not in linear(x, weight).grad_fn.name()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
 
 
 def test_cross_entropy_in_pieces_is_the_same_with_its_gradient(monkeypatch):
