@@ -31,12 +31,16 @@ def chi2(q, p) -> float:
     return float(0.5 * np.sum(p * (q / p - 1) ** 2))
 
 
-def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) -> np.ndarray:
+def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, temperature: float = 0.0) -> np.ndarray:
     """The worst mixture within chi2(q, ratio) <= rho: argmax Σ q_i (l_i - r_i), eq. 3 and 5.
 
     q_i ∝ p_i · max(relu(excess_i - eta) / Z, floor) with Z = Σ p_i relu(excess_i - eta), eta such that the constraint
     is tight. The floor keeps every domain in the training: at 0 this is the exact argmax. Equal excesses give the
     ratio itself; a rho beyond reach gives the extreme point, everything (but the floor) on the largest excess.
+
+    That argmax knows no scale: it goes as far for a difference of .001 nats as for one of 1. With a temperature, in
+    nats, it is the argmax of Σ q_i (l_i - r_i) - temperature · chi2(q, p) within the same set: Z is at least the
+    temperature, so that q_i / p_i rises by no more than 1 with each `temperature` nats of excess. 0 is the paper's.
     Arrays of one value per domain; the ratio need not add up to 1. ValueError for values that are not finite or a ratio
     that is not positive.
     """
@@ -57,16 +61,17 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2) 
         above = np.maximum(excess - eta, 0.0)
         return weights(above / (p @ above))
 
-    extreme = weights(worst / p[worst].sum())
-    if chi2(extreme, p) <= rho:
-        return extreme
-    # below `low` neither relu nor floor bind (the least excess, -1, gets (-1 - eta) / (mean - eta) >= floor times its
-    # share), and there chi2 = ½ variance / (mean - eta)² <= rho
     mean = p @ excess
-    spread = np.sqrt(p @ (excess - mean) ** 2)
-    low = mean - 1.001 * max(spread / np.sqrt(2 * rho), (mean + 1) / (1 - floor))
-    high = np.max(excess[~worst])  # from here on only the worst are above eta: the extreme point
-    eta = brentq(lambda eta: chi2(weights_at(eta), p) - rho, low, high, xtol=1e-14)  # the constraint is tight
+    eta = np.max(excess[~worst])  # only the worst are above it: the extreme point
+    if chi2(weights_at(eta), p) > rho:
+        # below `low` neither relu nor floor bind (the least excess, -1, gets (-1 - eta) / (mean - eta) >= floor times
+        # its share), and there chi2 = ½ variance / (mean - eta)² <= rho
+        spread = np.sqrt(p @ (excess - mean) ** 2)
+        low = mean - 1.001 * max(spread / np.sqrt(2 * rho), (mean + 1) / (1 - floor))
+        eta = brentq(lambda eta: chi2(weights_at(eta), p) - rho, low, eta, xtol=1e-14)  # the constraint is tight
+    least = temperature / gap
+    if p @ np.maximum(excess - eta, 0.0) < least:  # Z >= mean - eta
+        eta = brentq(lambda eta: p @ np.maximum(excess - eta, 0.0) - least, mean - 1.001 * least, eta, xtol=1e-14)
     return weights_at(eta)
 
 
@@ -129,6 +134,7 @@ class Mixture:
         law: str = "rate",
         rho: float = 0.1,
         floor: float = 0.2,
+        temperature: float = 0.0,
         delta: float = 0.1,
         bound: float = 2.0,
         step_size: float = 1.0,
@@ -136,7 +142,8 @@ class Mixture:
     ):
         self.domains, self.schedule = domains, schedule
         self.dynamic_reference, self.dynamic_ratio = dynamic_reference, dynamic_ratio
-        self.law, self.rho, self.floor, self.delta, self.bound = law, rho, floor, delta, bound
+        self.law, self.delta, self.bound = law, delta, bound
+        self.rho, self.floor, self.temperature = rho, floor, temperature
         self.step_size, self.clip = step_size, clip
         self.initial = np.asarray(initial, np.float64) / np.sum(initial)
         self.state = {
@@ -188,7 +195,7 @@ class Mixture:
             if self.schedule == "sheared":
                 q = sheared_weights(s["weights"], losses, s["reference"], self.step_size, clip=self.clip)
             else:
-                q = dro_weights(losses, s["reference"], s["ratio"], self.rho, self.floor)
+                q = dro_weights(losses, s["reference"], s["ratio"], self.rho, self.floor, self.temperature)
                 if self.dynamic_ratio and progress >= RATIO_FROM:
                     s["ratio"] = update_ratio(s["ratio"], q, self.initial, self.delta, self.bound).tolist()  # 3.3
             s["weights"] = q.tolist()

@@ -121,6 +121,9 @@ class Settings:
     floor: Annotated[
         float, "least weight of a domain, as a share of its reference ratio, before the weights are made to sum to 1"
     ] = 0.2
+    temperature: Annotated[
+        float, "nats: differences in excess that are small against it move the weights little; 0, the paper's: they do"
+    ] = 0.0
     delta: Annotated[float, "how fast the reference ratio follows the weights"] = 0.1
     bound: Annotated[
         float, "reference ratio: 1/bound to bound times the initial one, and within its smallest and largest share"
@@ -154,10 +157,8 @@ class Settings:
     def __post_init__(self):
         positive = "steps batch_size seq_len n_layer d_model n_head d_ffn eval_interval eval_sequences log_interval "
         positive += "save_interval keep_checkpoints bound gate_samples world_size"
-        not_negative = (
-            "lr gate_lr multiplier_lr weight_decay eps warmup sparsity_warmup phi grad_clip rho step_size seed "
-        )
-        not_negative += "stop_at micro_batch threads n_kv_head head_dim "
+        not_negative = "lr gate_lr multiplier_lr weight_decay eps warmup sparsity_warmup phi grad_clip rho temperature "
+        not_negative += "step_size seed stop_at micro_batch threads n_kv_head head_dim "
         not_negative += "target_n_layer target_d_model target_n_head target_d_ffn"
         limits = {positive: (1, math.inf), not_negative: (0, math.inf), "min_lr delta": (0, 1)}
         limits |= {"beta1 beta2 floor": (0, 0.999), "utilisation": (0.01, 1)}
@@ -339,6 +340,7 @@ def make_mixture(s: Settings, data: TokenData, references: dict[str, float] | No
         law=s.law,
         rho=s.rho,
         floor=s.floor,
+        temperature=s.temperature,
         delta=s.delta,
         bound=s.bound,
         step_size=s.step_size,

@@ -14,6 +14,7 @@ toy pruning stage and the toy continue stage run under each schedule, everything
     full                              both: DRPruning, with the scaling law that knows the learning rate
     full, paper's law                 both, with eq. 4 as the paper has it
     full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large
+    full, tempered                    ten times as large, where only excesses of .01 nats and more move the weights
     sheared, step 2                   twice the step size
     full, predicted only              both, with no references given: the prediction is all there is
     uniform                           constant, at equal shares
@@ -21,9 +22,9 @@ toy pruning stage and the toy continue stage run under each schedule, everything
 
 Parts, in this order:
 
-    skew          nine of them, 5 seeds, at a mixture of 78 % C++ headers
+    skew          ten of them, 5 seeds, at a mixture of 78 % C++ headers
     recovery      all of them, the continue stage alone, from the model that `constant` has pruned: the same gates
-    own           eight, at the mixture that the source was trained on
+    own           nine, at the mixture that the source was trained on
     recovery_own  nine, as recovery, at that mixture
     long          three times the steps at the skewed mixture, five schedules, 3 seeds
     languages     seven languages (experiments/languages.py), three quarters English, five schedules, 3 seeds
@@ -72,6 +73,7 @@ SCHEDULES = {
     "full": FULL,
     "full, paper's law": [*FULL, "--law=paper"],
     "full, rho 0.5": [*FULL, "--rho=0.5"],
+    "full, tempered": [*FULL, "--rho=1", "--temperature=0.01"],
     "dro, rho 0.5": [*DRO, "--rho=0.5"],
     "full, predicted only": [*FULL, "--reference_model="],
     "dro + reference": [*DRO, "--dynamic_reference=True"],
@@ -111,9 +113,9 @@ class Part:
 
 
 PARTS = {
-    "skew": Part([*EIGHT, "full, rho 0.5"], 5, SKEW),
+    "skew": Part([*EIGHT, "full, rho 0.5", "full, tempered"], 5, SKEW),
     "recovery": Part(list(SCHEDULES), 5, SKEW, pruned="skew"),
-    "own": Part(EIGHT, 5, None),
+    "own": Part([*EIGHT, "full, tempered"], 5, None),
     "recovery_own": Part([*EIGHT, "full, rho 0.5"], 5, None, pruned="own"),
     "long": Part([*FOUR, "full, rho 0.5"], 3, SKEW, length=3),
     "languages": Part([*FOUR, "full, rho 0.5"], 3, ENGLISH, data="data/languages", sources="source_languages"),

@@ -39,18 +39,23 @@ def test_sheared_weights_and_ratio_equal_the_published_code(upstream):
             assert ratio == pytest.approx(expected, abs=1e-10)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 3.0])
 @pytest.mark.parametrize("rho", [0.01, 0.1, 0.5])
-def test_without_a_floor_it_is_the_argmax_a_general_solver_finds(rho):
+def test_without_a_floor_it_is_the_argmax_a_general_solver_finds(rho, temperature):
     rng = np.random.default_rng(0)
     for _ in range(15):
         losses, reference, p = random_case(rng)
         excess = losses - reference
-        q = dro_weights(losses, reference, p, rho, floor=0.0)
+        q = dro_weights(losses, reference, p, rho, floor=0.0, temperature=temperature)
+
+        def objective(q, e=excess, p=p):
+            return temperature * chi2(q, p) - q @ e
+
         best = minimize(
-            lambda q, e=excess: -q @ e,
+            objective,
             p,
-            jac=lambda q, e=excess: -e,
-            hess=lambda q: np.zeros((len(q), len(q))),
+            jac=lambda q, e=excess, p=p: temperature * (q / p - 1) - e,
+            hess=lambda q, p=p: temperature * np.diag(1 / p),
             bounds=[(0, 1)] * len(p),
             constraints=[
                 LinearConstraint(np.ones(len(p)), 1, 1),
@@ -66,7 +71,7 @@ def test_without_a_floor_it_is_the_argmax_a_general_solver_finds(rho):
             options={"gtol": 1e-10, "xtol": 1e-12, "maxiter": 2000},
         )
         assert chi2(q, p) <= rho + 1e-9
-        assert -best.fun - 1e-5 < q @ excess < -best.fun + 1e-4  # feasible and not worse
+        assert best.fun - 1e-4 < objective(q) < best.fun + 1e-5  # feasible and not worse
         assert q == pytest.approx(best.x, abs=5e-3)
 
 
@@ -89,6 +94,19 @@ def test_dro_weights_always_hold_their_promises(rho, floor):
             extreme = np.where(losses - reference == (losses - reference).max(), 1 / p, 0)
             best = p * np.maximum(extreme, floor)
             assert q == pytest.approx(best / best.sum(), abs=1e-6)  # inside the ball only where there is no further
+
+
+def test_a_temperature_bounds_what_small_differences_do():
+    p, losses = np.array([0.5, 0.3, 0.2]), np.array([2.00, 2.01, 2.02])
+    mean = p @ losses
+    q = dro_weights(losses, [0, 0, 0], p, rho=10, temperature=0.05)  # no bound binds: share over ratio is linear
+    assert q == pytest.approx(p * (1 + (losses - mean) / 0.05))
+    for temperature in (0.001, 0.05, 5.0):
+        q = dro_weights(losses, [0, 0, 0], p, rho=0.1, temperature=temperature)
+        assert chi2(q, p) <= 0.1 + 1e-9 and np.ptp(q / p) <= 0.02 / temperature + 1e-9
+    assert dro_weights(losses, [0, 0, 0], p, temperature=1e-6) == pytest.approx(dro_weights(losses, [0, 0, 0], p))
+    extreme = dro_weights(losses, [0, 0, 0], p, rho=50, floor=0, temperature=1e-6)
+    assert extreme == pytest.approx([0, 0, 1])
 
 
 def test_edges():
