@@ -3,10 +3,11 @@
     python bench.py [--rounds 30] [--compile] [--json FILE]
 
 A step is forward, backward and AdamW in float32 on 2 threads: d_model 256, 6 layers, 8 heads, d_ffn 688, vocabulary
-512, 8 sequences of 256 tokens. The three models take turns, so that a change of the machine's speed hits all alike;
-after a warm-up, medians and the median of the rounds' ratios are printed. Gated is the whole pruning step: sampling the
-gates, the forward through them, the constraint, and AdamW on log_alpha and the multipliers too. --compile puts
-all three through torch.compile.
+512, 8 sequences of 256 tokens. The models take turns, so that a change of the machine's speed hits all alike; after a
+warm-up, medians and the median of the rounds' ratios are printed. "F.linear" is our dense step with the matrix products
+that transformers has, by MKL on an x86 CPU, where ours are by oneDNN (model.linear): what is left of the difference
+without them. Gated is the whole pruning step: sampling the gates, the forward through them, the constraint, and AdamW
+on log_alpha and the multipliers too. --compile puts all through torch.compile, which has no use for oneDNN.
 
 The schedule is one evaluation's update (scaling law, reference, weights, ratio) at 7 domains with 64 points each.
 """
@@ -36,7 +37,8 @@ BATCH, WARMUP = 8, 3
 
 
 def make_steps(compiled: bool = False) -> dict:
-    """name -> function that does one training step: transformers', our dense one, our gated one."""
+    """name -> function that does one training step: transformers', our dense one with F.linear and as it is, our gated
+    one."""
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=CONFIG.vocab_size,
@@ -49,27 +51,38 @@ def make_steps(compiled: bool = False) -> dict:
             attn_implementation="sdpa",
         )
     ).train()
-    dense, gated = (Llama(CONFIG).init_weights(0) for _ in range(2))
+    plain, dense, gated = (Llama(CONFIG).init_weights(0) for _ in range(3))
     masks = PruningMasks(CONFIG, TARGET, 100)
     assert sum(p.numel() for p in theirs.parameters()) == CONFIG.n_params()
-    trained = (theirs, dense, torch.nn.ModuleList([gated, masks]))
+    trained = (theirs, plain, dense, torch.nn.ModuleList([gated, masks]))
     optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-4) for module in trained]
     tokens = torch.randint(CONFIG.vocab_size, (BATCH, CONFIG.max_seq_len + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     count = iter(range(10**9))
-    for module in (theirs, dense, gated) if compiled else ():
+    for module in (theirs, plain, dense, gated) if compiled else ():
         module.compile()
 
     def their_loss():
         logits = theirs(input_ids=inputs, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
+    def plain_loss():
+        torch.backends.mkldnn.enabled = False
+        loss = plain(inputs, targets=targets).mean()
+        torch.backends.mkldnn.enabled = True
+        return loss
+
     def gated_loss():
         step = next(count)
         constraint, _ = masks.lagrangian(step)
         return gated(inputs, masks.sample(0, step, 0), targets).mean() + constraint
 
-    losses = {"transformers": their_loss, "dense": lambda: dense(inputs, targets=targets).mean(), "gated": gated_loss}
+    losses = {
+        "transformers": their_loss,
+        "dense, F.linear": plain_loss,
+        "dense": lambda: dense(inputs, targets=targets).mean(),
+        "gated": gated_loss,
+    }
 
     def step(loss, optimizer):
         loss().backward()
@@ -98,8 +111,8 @@ def time_schedule(rounds: int) -> float:
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of the three steps")
-    parser.add_argument("--compile", action="store_true", help="torch.compile all three models")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of all steps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile all models")
     parser.add_argument("--json", metavar="FILE", help="write the results here, too")
     with user_errors():
         args = parser.parse_args()
@@ -116,14 +129,12 @@ def main():
             if i >= WARMUP:
                 seconds[name].append(time.perf_counter() - start)
 
-    def ratio(a, b):
-        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
-
+    pairs = (("dense", "transformers"), ("dense, F.linear", "transformers"), ("gated", "dense"))
+    ratios = {f"{a} / {b}": statistics.median(x / y for x, y in zip(seconds[a], seconds[b])) for a, b in pairs}
     result = {
         "command": f"python bench.py --rounds {args.rounds}" + " --compile" * args.compile,
         "median_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
-        "dense / transformers": ratio("dense", "transformers"),
-        "gated / dense": ratio("gated", "dense"),
+        **ratios,
         "schedule_ms": 1e3 * time_schedule(5),
         "machine": f"{platform.processor() or platform.machine()}, 2 threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {args.rounds} rounds" + ", compiled" * args.compile,
@@ -131,10 +142,10 @@ def main():
     print(f"{result['machine']}\n")
     for name, ms in result["median_ms"].items():
         spread = np.quantile(seconds[name], [0.1, 0.9]) * 1e3
-        print(f"{name:<24}{ms:8.1f} ms per step   (10 to 90 %: {spread[0]:.1f} to {spread[1]:.1f})")
-    print(f"{'dense / transformers':<24}{result['dense / transformers']:8.3f}")
-    print(f"{'gated / dense':<24}{result['gated / dense']:8.3f}")
-    print(f"{'schedule':<24}{result['schedule_ms']:8.1f} ms per evaluation, 7 domains, 64 points each")
+        print(f"{name:<32}{ms:8.1f} ms per step   (10 to 90 %: {spread[0]:.1f} to {spread[1]:.1f})")
+    for name, ratio in ratios.items():
+        print(f"{name:<32}{ratio:8.3f}")
+    print(f"{'schedule':<32}{result['schedule_ms']:8.1f} ms per evaluation, 7 domains, 64 points each")
     if args.json:
         with user_errors(), open(args.json, "w") as file:
             json.dump(result, file, indent=1)

@@ -134,7 +134,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ, F.linear's result. For float32 on x86 CPUs that multiplies by MKL, which on AMD's takes twice as long as
-    oneDNN (bench.py); so here oneDNN does, unless `torch.backends.mkldnn.flags(enabled=False)` says otherwise."""
+    oneDNN (bench.py); so here oneDNN does, unless `torch.backends.mkldnn.enabled` is False."""
     if (
         not torch.compiler.is_compiling()  # it may not read the rest, and has no lowering for oneDNN in training
         and x.device.type == "cpu"
