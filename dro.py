@@ -41,17 +41,19 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
     That argmax knows no scale: it goes as far for a difference of .001 nats as for one of 1. With a temperature, in
     nats, it is the argmax of Σ q_i (l_i - r_i) - temperature · chi2(q, p) within the same set: Z is at least the
     temperature, so that q_i / p_i rises by no more than 1 with each `temperature` nats of excess. 0 is the paper's.
-    Arrays of one value per domain; the ratio need not add up to 1. ValueError for values that are not finite or a ratio
-    that is not positive.
+
+    Arrays of one value per domain; the ratio need not add up to 1. ValueError for values that are not finite, a ratio
+    that is not positive, rho or temperature below 0, or a floor that is not in [0, 1).
     """
     losses, reference, p = (np.asarray(x, np.float64) for x in (losses, reference, ratio))
-    check(losses=losses, reference=reference, ratio=p, rho=rho)
+    check(losses=losses, reference=reference, ratio=p, rho=rho, floor=floor, temperature=temperature)
     p, excess = p / p.sum(), losses - reference
     worst, gap = excess == excess.max(), np.ptp(excess)
-    # the argmax knows no scale: what is only float32's rounding must not become weights
-    if rho == 0 or gap <= 1e-6 * max(1.0, np.abs(losses).max()):
+    # what is only float32's rounding must not become weights; nor is there anything to find in so small a set
+    if gap <= 1e-6 * max(1.0, np.abs(losses).max()) or rho < 1e-20 or gap < 1e-12 * temperature:
         return p
     excess = (excess - excess.max()) / gap  # neither an offset nor a scale changes the argmax: now in [-1, 0]
+    close = {"xtol": 1e-300, "maxiter": 1000}  # the worst is at 0, where floats tell near ties apart
 
     def weights(relative):  # relative = relu(excess - eta) / Z, one value per domain
         q = p * np.maximum(relative, floor)
@@ -68,10 +70,10 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
         # its share), and there chi2 = ½ variance / (mean - eta)² <= rho
         spread = np.sqrt(p @ (excess - mean) ** 2)
         low = mean - 1.001 * max(spread / np.sqrt(2 * rho), (mean + 1) / (1 - floor))
-        eta = brentq(lambda eta: chi2(weights_at(eta), p) - rho, low, eta, xtol=1e-14)  # the constraint is tight
+        eta = brentq(lambda eta: chi2(weights_at(eta), p) - rho, low, eta, **close)  # the constraint is tight
     least = temperature / gap
     if p @ np.maximum(excess - eta, 0.0) < least:  # Z >= mean - eta
-        eta = brentq(lambda eta: p @ np.maximum(excess - eta, 0.0) - least, mean - 1.001 * least, eta, xtol=1e-14)
+        eta = brentq(lambda eta: p @ np.maximum(excess - eta, 0.0) - least, mean - 1.001 * least, eta, **close)
     return weights_at(eta)
 
 
@@ -102,15 +104,19 @@ def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> n
     return p / p.sum()
 
 
-def check(losses, reference, ratio, rho=0.0):
-    """ValueError unless all are finite, of one length, with shares above 0 and rho not negative."""
+def check(losses, reference, ratio, rho=0.0, floor=0.0, temperature=0.0):
+    """ValueError unless all are finite, of one length, with shares above 0 and the rest in its range."""
     if not losses.shape == reference.shape == ratio.shape or losses.ndim != 1:
         raise ValueError("losses, reference and ratio must have one value per domain")
     for name, x in (("loss", losses), ("reference loss", reference), ("ratio", ratio)):
         if not np.isfinite(x).all():
             raise ValueError(f"{name} of domain {np.flatnonzero(~np.isfinite(x))[0]} is not finite: {x}")
-    if (ratio <= 0).any() or rho < 0:
-        raise ValueError(f"every domain needs a share above 0 and rho must not be negative: {ratio}, rho {rho}")
+    if (ratio <= 0).any():
+        raise ValueError(f"every domain needs a share above 0: {ratio}")
+    if not (0 <= rho < np.inf and 0 <= temperature < np.inf and 0 <= floor < 1):
+        raise ValueError(
+            f"rho = {rho} and temperature = {temperature} must not be negative, floor = {floor} must be in [0, 1)"
+        )
 
 
 class Mixture:

@@ -133,14 +133,17 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ, F.linear's result. For float32 on x86 CPUs that multiplies by MKL, which on AMD's takes twice as long as
-    oneDNN (bench.py); so here oneDNN does, unless `torch.backends.mkldnn.enabled` is False."""
+    """x (..., I), weight (O, I) -> x Wᵀ (..., O), to rounding F.linear's. For float32 on x86 CPUs that multiplies by
+    MKL, which on AMD's takes twice as long as oneDNN (bench.py): there oneDNN does it, with first derivatives only,
+    unless `torch.backends.mkldnn.enabled` is False."""
     if (
         not torch.compiler.is_compiling()  # it may not read the rest, and has no lowering for oneDNN in training
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.numel() >= 32 * x.shape[-1]  # to set oneDNN up takes longer than a product of few rows, as in decoding
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
     ):
         return OneDNNLinear.apply(x, weight)

@@ -122,7 +122,7 @@ class Settings:
         float, "least weight of a domain, as a share of its reference ratio, before the weights are made to sum to 1"
     ] = 0.2
     temperature: Annotated[
-        float, "nats: differences in excess that are small against it move the weights little; 0, the paper's: they do"
+        float, "nats of excess by which a share rises by its ratio at most, so that noise moves little; 0 = the paper's"
     ] = 0.0
     delta: Annotated[float, "how fast the reference ratio follows the weights"] = 0.1
     bound: Annotated[

@@ -109,6 +109,14 @@ def test_a_temperature_bounds_what_small_differences_do():
     assert extreme == pytest.approx([0, 0, 1])
 
 
+@pytest.mark.parametrize("gap", [1e-15, 1e-12, 1e-9, 1e-6, 1e-3])
+def test_near_ties_stay_in_the_set(gap):
+    for p in ([0.15, 0.77, 0.08], [0.24, 0.66, 0.1]):
+        for floor, temperature in ((0.0, 0.0), (0.2, 0.0), (0.2, 0.05)):
+            q = dro_weights([0, -gap, -1], [0, 0, 0], p, 1.0, floor, temperature)
+            assert chi2(q, np.array(p)) <= 1 + 1e-9
+
+
 def test_edges():
     p = np.array([0.5, 0.3, 0.2])
     assert dro_weights([2, 2, 2], [1, 1, 1], p) == pytest.approx(p)
@@ -133,6 +141,11 @@ def test_losses_that_are_not_finite_are_refused(bad):
         mixture.update(0.5, bad, [1, 1, 1], 1.0, [2, 2, 2], 1.0)
     with pytest.raises(ValueError):
         dro_weights([1, 1, 1], [1, 1, 1], [0.5, 0.5, 0.0])
+    for wrong in ({"rho": -1}, {"rho": np.nan}, {"temperature": -1}, {"temperature": np.inf}, {"floor": 1}):
+        with pytest.raises(ValueError, match="must not be negative"):
+            dro_weights([1, 2, 1], [1, 1, 1], p, **wrong)
+    for extreme in ({"rho": 1e-300}, {"rho": 1e-33}, {"temperature": 1e308}):
+        assert dro_weights([1, 2, 1], [1, 1, 1], p, **extreme) == pytest.approx(p)
 
 
 def test_sheared_as_in_the_paper_ignores_domains_below_their_reference():

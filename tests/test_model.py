@@ -114,7 +114,7 @@ def test_a_norm_in_bfloat16_scales_rows_as_exactly_as_transformers():
     assert error(RMSNorm(256, 1e-5).bfloat16()) < 1.1 * error(theirs)
 
 
-@pytest.mark.parametrize("shape", [(1, 40), (3, 7, 40), (2, 1, 40)])
+@pytest.mark.parametrize("shape", [(32, 40), (3, 16, 40), (1, 33, 40), (2, 1, 40), (2, 0, 40)])
 def test_products_and_their_gradients_are_float64_s(shape):
     generator = torch.Generator().manual_seed(0)
     x, weight, grad = (torch.randn(s, generator=generator) for s in (shape, (24, 40), (*shape[:-1], 24)))
@@ -127,13 +127,15 @@ def test_products_and_their_gradients_are_float64_s(shape):
             product.backward(grad.to(dtype))
             results.append((product, *(y.grad for y in inputs)))
         for ours, exact in zip(*results):
-            assert ours.shape == exact.shape and relative(ours.double(), exact) < 1e-6
+            assert ours.shape == exact.shape
+            assert 0 in exact.shape or (ours.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="F.linear has no MKL to be slow with")
 def test_float32_products_are_onednn_s_and_can_be_turned_off(monkeypatch):
-    x, weight = torch.randn(4, 40), torch.randn(24, 40, requires_grad=True)
+    x, weight = torch.randn(4, 8, 40), torch.randn(24, 40, requires_grad=True)
     assert "OneDNN" in linear(x, weight).grad_fn.name()
+    assert "OneDNN" not in linear(x[:1], weight).grad_fn.name()  # too few rows to be worth it
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
