@@ -1,4 +1,4 @@
-# make demo   everything from nothing, in about ten minutes on a laptop; run it again to go on where it was
+# make demo   everything from nothing, in about six minutes on a laptop; run it again to go on where it was
 # make test   lint and tests, from nothing
 # make compare  the schedules against each other, with seeds: hours, and goes on where it was
 # make clean  remove what they made

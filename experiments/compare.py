@@ -1,6 +1,6 @@
 """Is the claim true? Robust, self-adjusting mixtures against fixed ones: equal tokens, several seeds, one test split.
 
-    python experiments/compare.py                    # everything, in order of importance: eight hours, two cores
+    python experiments/compare.py                    # everything, in order of importance: six hours, two cores
     python experiments/compare.py --seeds 2 --parts skew --jobs 2
     python experiments/compare.py --report           # tables and figures of what is done so far
     python experiments/compare.py --parts own --keep # more of it on another machine: beside the published results
@@ -14,7 +14,7 @@ toy pruning stage and the toy continue stage run under each schedule, everything
     full                              both: DRPruning, with the scaling law that knows the learning rate
     full, paper's law                 both, with eq. 4 as the paper has it
     full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large
-    full, tempered                    ten times as large, where only excesses of .01 nats and more move the weights
+    full, tempered                    ten times as large, but .01 nats of excess move a share by its ratio at most
     sheared, step 2                   twice the step size
     full, predicted only              both, with no references given: the prediction is all there is
     uniform                           constant, at equal shares
@@ -63,7 +63,7 @@ from settings import Parser, load, user_errors  # noqa: E402
 from train import Settings  # noqa: E402
 
 OUT, DOCS = Path("out/compare"), Path("docs/compare")  # other folders for a trial or other data, see `main`
-DRO = ["--schedule=dro", "--rho=0.1"]  # the paper's
+DRO = ["--schedule=dro", "--rho=0.1", "--temperature=0"]  # the paper's
 FULL = [*DRO, "--dynamic_reference=True", "--dynamic_ratio=True"]
 SCHEDULES = {
     "constant": ["--schedule=constant"],
