@@ -55,13 +55,12 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
     excess = (excess - excess.max()) / gap  # neither an offset nor a scale changes the argmax: now in [-1, 0]
     close = {"xtol": 1e-300, "maxiter": 1000}  # the worst is at 0, where floats tell near ties apart
 
-    def weights(relative):  # relative = relu(excess - eta) / Z, one value per domain
-        q = p * np.maximum(relative, floor)
-        return q / q.sum()
+    def above(eta):
+        return np.maximum(excess - eta, 0.0)
 
     def weights_at(eta):
-        above = np.maximum(excess - eta, 0.0)
-        return weights(above / (p @ above))
+        q = p * np.maximum(above(eta) / (p @ above(eta)), floor)
+        return q / q.sum()
 
     mean = p @ excess
     eta = np.max(excess[~worst])  # only the worst are above it: the extreme point
@@ -72,8 +71,8 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
         low = mean - 1.001 * max(spread / np.sqrt(2 * rho), (mean + 1) / (1 - floor))
         eta = brentq(lambda eta: chi2(weights_at(eta), p) - rho, low, eta, **close)  # the constraint is tight
     least = temperature / gap
-    if p @ np.maximum(excess - eta, 0.0) < least:  # Z >= mean - eta
-        eta = brentq(lambda eta: p @ np.maximum(excess - eta, 0.0) - least, mean - 1.001 * least, eta, **close)
+    if p @ above(eta) < least:  # Z >= mean - eta
+        eta = brentq(lambda eta: p @ above(eta) - least, mean - 1.001 * least, eta, **close)
     return weights_at(eta)
 
 

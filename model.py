@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+ONEDNN_FOR_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # see `linear`
 LOGITS_AT_ONCE = 2**27  # the loss is computed in pieces of at most this many logits (512 MiB in float32)
 
 
@@ -142,8 +143,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= 32 * x.shape[-1]  # to set oneDNN up takes longer than a product of few rows, as in decoding
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
+        and ONEDNN_FOR_MKL
         and torch.backends.mkldnn.enabled
     ):
         return OneDNNLinear.apply(x, weight)
