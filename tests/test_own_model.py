@@ -126,17 +126,16 @@ def test_memory_to_load_is_little_more_than_the_model(tmp_path):
 import resource, sys, torch
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from model import Llama, LlamaConfig
+from train import host_memory
 config = LlamaConfig(8000, 24, 512, 8, 8, 64, 2048, 128)
 if sys.argv[1] == "write":
     Llama(config).save_pretrained({str(tmp_path)!r}, dtype=torch.bfloat16)
     Llama(LlamaConfig(64, 1, 32, 2, 2, 16, 64, 32)).save_pretrained({str(tmp_path / "warm")!r}, dtype=torch.bfloat16)
 else:
-    status = lambda: dict(line.split(":") for line in open("/proc/self/status"))
-    peak = lambda: int(status()["VmHWM"].split()[0]) * 1024  # getrusage would count the tests' own memory, too
     Llama.from_pretrained({str(tmp_path / "warm")!r})  # what is loaded with the first tensor is not the model's
     start = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
     Llama.from_pretrained({str(tmp_path)!r})
-    print((peak() - start) / (4 * config.n_params()))
+    print((host_memory() - start) / (4 * config.n_params()))
 """
     subprocess.run([sys.executable, "-c", code, "write"], check=True)
     done = subprocess.run([sys.executable, "-c", code, "read"], check=True, capture_output=True, text=True)

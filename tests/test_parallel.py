@@ -264,8 +264,7 @@ steps(dataclasses.replace(s, n_layer=1, d_model=32, n_head=2, d_ffn=32), 1)  # w
 predicted = cost.memory(s, s.shape(257), train.make_masks, train.Trainer)["all"]
 before = int(open("/proc/self/statm").read().split()[1]) * 4096
 steps(s, 3)
-status = dict(line.split(":") for line in open("/proc/self/status"))
-print(predicted / (int(status["VmHWM"].split()[0]) * 1024 - before))  # getrusage would count the tests' own memory, too
+print(predicted / (train.host_memory() - before))
 """
 
 
