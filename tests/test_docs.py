@@ -83,7 +83,8 @@ def test_the_comparison_in_the_readme_is_what_was_measured():
         shown = [float(x.replace("−", "-")) for x in re.findall(r"−?(?<!\d)\.\d{3}", row)]
         rows = [results[part][schedule] for part in ("skew", "own") if schedule in results[part]]
         measured = [r[f"{key} degradation"][x] for r in rows for key in ("average", "worst") for x in ("mean", "sd")]
-        assert shown == pytest.approx(measured, abs=6e-4) and len(rows[0]["seeds"]) == 5
+        assert shown == pytest.approx(measured, abs=6e-4)
+        assert [len(r["seeds"]) for r in rows] in ([5], [5, 3])
 
 
 def test_each_equation_stands_where_the_table_says():
