@@ -24,7 +24,7 @@ test: $(VENV)/done
 	OMP_NUM_THREADS=2 $(RUN) -m pytest
 
 bench: $(VENV)/done
-	$(RUN) bench.py
+	$(RUN) experiments/bench.py
 
 compare: $(VENV)/done
 	$(RUN) experiments/compare.py

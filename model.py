@@ -135,7 +135,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I), weight (O, I) -> x Wᵀ (..., O), to rounding F.linear's. For float32 on x86 CPUs that multiplies by
-    MKL, which on AMD's is much slower than oneDNN (bench.py): there oneDNN does it, with first derivatives only, unless
+    MKL, which on AMD's is much slower than oneDNN: there oneDNN does it, with first derivatives only, unless
     `torch.backends.mkldnn.enabled` is False."""
     if (
         not torch.compiler.is_compiling()  # it may not read the rest, and has no lowering for oneDNN in training

@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.optimize import isotonic_regression
 
-from settings import Parser, user_errors
+from plumbing.command_line import Parser, user_errors
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe-Ito without its yellow
 MARKERS = ["", "o", "s", "^", "D", "v", "X", "P"]  # a second round of colours gets circles, a third squares, ...

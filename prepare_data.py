@@ -41,9 +41,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import DTYPES, FORMAT, SPLITS, TokenData
-from settings import Parser, user_errors
-from tokenizer import Tokenizer, fingerprint, load_tokenizer
+from plumbing.command_line import Parser, user_errors
+from plumbing.data import DTYPES, FORMAT, SPLITS, TokenData
+from plumbing.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 SEEN_SLOTS = 1 << 22  # documents that are remembered when duplicates are looked for, 8 bytes each
 

@@ -33,15 +33,22 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-import cost
-import parallel
-from checkpoint import PRUNING, Run, check_tokenizer, directory_of, model_directory, newest_checkpoint, save_model
-from data import BatchReader, TokenData
 from dro import MORE_POINTS_THAN, Mixture
 from eval import bits_per_byte, domain_losses
 from masks import PruningMasks, describe, extract, magnitude_scores, random_scores, scores_of
 from model import Gates, Llama, LlamaConfig, read_config
-from settings import load, user_errors
+from plumbing import cost, parallel
+from plumbing.checkpoint import (
+    PRUNING,
+    Run,
+    check_tokenizer,
+    directory_of,
+    model_directory,
+    newest_checkpoint,
+    save_model,
+)
+from plumbing.command_line import load, user_errors
+from plumbing.data import BatchReader, TokenData
 
 GATE_BINS = 32  # hidden and ffn gates are logged as means over at most this many bins
 

@@ -56,10 +56,10 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import TokenData  # noqa: E402
 from dro import dro_weights  # noqa: E402
 from plot import COLORS, STYLE, new_figure, read_metrics  # noqa: E402
-from settings import Parser, load, user_errors  # noqa: E402
+from plumbing.command_line import Parser, load, user_errors  # noqa: E402
+from plumbing.data import TokenData  # noqa: E402
 from train import Settings  # noqa: E402
 
 OUT, DOCS = Path("out/compare"), Path("docs/compare")  # other folders for a trial or other data, see `main`

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from settings import Parser, user_errors  # noqa: E402
+from plumbing.command_line import Parser, user_errors  # noqa: E402
 
 LANGUAGES = "ar-MA de-DE en-US fr-FR ja-JP ru-RU zh-CN".split()  # translated for the most part
 UNSEEN = {"script", "style", "head"}

@@ -32,8 +32,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from compare import OFF, SKEW, STAGES, rounded  # noqa: E402
 
 from plot import read_metrics  # noqa: E402
+from plumbing.command_line import Parser, user_errors  # noqa: E402
 from scaling_law import FitError, fit_together, powers, solve  # noqa: E402
-from settings import Parser, user_errors  # noqa: E402
 from train import lr_scale  # noqa: E402
 
 OUT, COMPARE = Path("out/laws"), Path("out/compare")

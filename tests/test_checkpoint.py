@@ -14,7 +14,7 @@ from torch.distributed import checkpoint as dcp
 
 import eval as eval_module
 import train
-from checkpoint import Run, newest_checkpoint
+from plumbing.checkpoint import Run, newest_checkpoint
 
 
 def test_a_full_disk_loses_nothing_older(chain, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import torch
 import transformers
 from test_eval import run
 
-from continuation import (
+from model import Llama
+from plumbing.continuation import (
     LENGTH,
     PREFIX,
     Question,
@@ -18,9 +19,8 @@ from continuation import (
     read_questions,
     write_questions,
 )
-from data import TokenData
-from model import Llama
-from tokenizer import load_tokenizer
+from plumbing.data import TokenData
+from plumbing.tokenizer import load_tokenizer
 
 
 def test_questions_are_the_text_and_what_follows_it(tiny_data):

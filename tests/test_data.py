@@ -17,10 +17,10 @@ import pytest
 from scipy import stats
 
 import prepare_data
-import tokenizer
-from data import SPLITS, BatchReader, TokenData
+from plumbing import tokenizer
+from plumbing.data import SPLITS, BatchReader, TokenData
+from plumbing.tokenizer import LLAMA3_PATTERN, load_tokenizer
 from prepare_data import prepare
-from tokenizer import LLAMA3_PATTERN, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 AWKWARD = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import metrics
 
-from settings import load
+from plumbing.command_line import load
 from train import Settings
 
 ROOT = Path(__file__).parent.parent

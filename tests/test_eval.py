@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import metrics
 
-import bench
 import eval as eval_module
-from data import TokenData
+from experiments import bench
+from plumbing.data import TokenData
 from prepare_data import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,7 +111,7 @@ def test_text_as_short_as_the_window(chain, tmp_path, monkeypatch, capsys):
 
 
 def test_the_benchmark_compares_models_of_one_size_and_trains_all(monkeypatch):
-    """One round; speed itself is bench.py's to say."""
+    """One round; speed itself is experiments/bench.py's to say."""
     monkeypatch.setattr(bench, "BATCH", 1)
     steps = bench.make_steps()
     assert set(steps) == {"transformers", "dense, F.linear", "dense", "gated"}

@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 from scipy.optimize import minimize
 
-from data import TokenData
-from settings import load
-from tokenizer import load_tokenizer
+from plumbing.command_line import load
+from plumbing.data import TokenData
+from plumbing.tokenizer import load_tokenizer
 from train import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,8 @@ from conftest import metrics, run
 
 import eval as eval_module
 from model import Llama
+from plumbing.tokenizer import fingerprint, load_tokenizer
 from prepare_data import prepare
-from tokenizer import fingerprint, load_tokenizer
 
 
 @pytest.fixture(scope="module")

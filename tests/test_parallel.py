@@ -15,17 +15,17 @@ from conftest import GATES, ROOT, SHAPE, TARGET, metrics, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import cost
-import parallel
 import train
 from model import Llama, LlamaConfig
-from settings import load
+from plumbing import cost, parallel
+from plumbing.command_line import load
 
 SMALL = LlamaConfig(257, 3, 32, 4, 2, 8, 48, 64, tie_embeddings=True)
 SPY = """
 import json, os, sys
 sys.path.insert(0, {root!r})
-import data, train
+import train
+from plumbing import data
 seen, draw = [], data.BatchReader.next
 def spy(self, step, weights, rows):
     seen.append([step, list(weights), rows.start, rows.stop])
@@ -180,7 +180,7 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-import parallel
+from plumbing import parallel
 from model import read_config
 from pathlib import Path
 dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
@@ -251,8 +251,9 @@ MEASURE = """
 import dataclasses, sys
 sys.path.insert(0, {root!r})
 import torch
-import cost, parallel, train
-from settings import load
+import train
+from plumbing import cost, parallel
+from plumbing.command_line import load
 torch.set_num_threads(1)
 s = load(train.Settings, sys.argv[1:])
 def steps(s, n):

@@ -18,12 +18,12 @@ import transformers
 from conftest import SHAPE, metrics, run
 
 import train
-from checkpoint import load_model
-from data import BatchReader, TokenData
 from eval import domain_losses
 from masks import PruningMasks
 from model import Llama, LlamaConfig
-from settings import fields, load
+from plumbing.checkpoint import load_model
+from plumbing.command_line import fields, load
+from plumbing.data import BatchReader, TokenData
 from train import Settings
 
 ROOT = Path(__file__).parent.parent

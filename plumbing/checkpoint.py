@@ -25,11 +25,11 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-import parallel
-from data import TokenData
 from masks import PruningMasks, extract
 from model import Llama, LlamaConfig
-from tokenizer import fingerprint, load_tokenizer
+from plumbing import parallel
+from plumbing.data import TokenData
+from plumbing.tokenizer import fingerprint, load_tokenizer
 
 TOKENIZER_FILES = (  # what `transformers` may write beside the weights
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import parallel
-from data import TokenData
 from model import Llama
-from tokenizer import Tokenizer
+from plumbing import parallel
+from plumbing.data import TokenData
+from plumbing.tokenizer import Tokenizer
 
 PREFIX, LENGTH = 96, 32  # tokens of a question, and of each choice
 QUESTIONS = 5  # tag of the random stream, see data.py

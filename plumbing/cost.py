@@ -23,10 +23,10 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefT
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import parallel
-from checkpoint import model_directory
 from model import LOGITS_AT_ONCE, LlamaConfig, read_config
-from settings import load
+from plumbing import parallel
+from plumbing.checkpoint import model_directory
+from plumbing.command_line import load
 
 GIB = 2**30
 PEAKS = {"h200": (989e12, 67e12), "h100": (989e12, 67e12), "a100": (312e12, 19.5e12)}  # FLOP/s in bfloat16, float32
@@ -88,7 +88,7 @@ def shape_of(s, make_masks: Callable) -> LlamaConfig:
     name = Path(s.init_from).name
     if name in PUBLISHED:
         return PUBLISHED[name]
-    config = Path(__file__).parent / "config" / f"{name}.py"
+    config = Path(__file__).parent.parent / "config" / f"{name}.py"
     if not config.is_file():
         raise ValueError(f"{s.init_from}: no such model or run, and its shape is not known either")
     before = load(type(s), [str(config)])

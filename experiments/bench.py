@@ -1,6 +1,6 @@
 """Speed, side by side in one process: our training step, dense and gated, against transformers', and the schedule.
 
-    python bench.py [--rounds 30] [--compile] [--json FILE]
+    python experiments/bench.py [--rounds 30] [--compile] [--json FILE]
 
 A step is forward, backward and AdamW in float32 on 2 threads: d_model 256, 6 layers, 8 heads, d_ffn 688, vocabulary
 512, 8 sequences of 256 tokens. The models take turns, so that a change of the machine's speed hits all alike; after a
@@ -17,19 +17,22 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 
-from dro import Mixture
-from masks import PruningMasks
-from model import Llama, LlamaConfig
-from settings import Parser, user_errors
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dro import Mixture  # noqa: E402
+from masks import PruningMasks  # noqa: E402
+from model import Llama, LlamaConfig  # noqa: E402
+from plumbing.command_line import Parser, user_errors  # noqa: E402
 
 CONFIG = LlamaConfig(
     vocab_size=512, n_layer=6, d_model=256, n_head=8, n_kv_head=8, head_dim=32, d_ffn=688, max_seq_len=256
@@ -129,7 +132,7 @@ def main():
     pairs = (("dense", "transformers"), ("dense, F.linear", "transformers"), ("gated", "dense"))
     ratios = {f"{a} / {b}": statistics.median(x / y for x, y in zip(seconds[a], seconds[b])) for a, b in pairs}
     result = {
-        "command": f"python bench.py --rounds {args.rounds}" + " --compile" * args.compile,
+        "command": f"python experiments/bench.py --rounds {args.rounds}" + " --compile" * args.compile,
         "median_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
         **ratios,
         "schedule_ms": 1e3 * time_schedule(5),

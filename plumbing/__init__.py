@@ -1,0 +1,1 @@
+"""What a first reading skips, one concept a file."""
