@@ -11,11 +11,13 @@
     rho     rho        radius of the robust set
     delta   delta      how fast the ratio follows the weights
 
-The three functions below are the mathematics; `Mixture` applies them at each evaluation and holds what little state
-there is.
+The functions are the mathematics; `Mixture` applies them at each evaluation and holds what little state there is.
 
     python train.py config/toy_continue.py --schedule=dro --dynamic_reference=True --dynamic_ratio=True
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
@@ -24,6 +26,7 @@ from scaling_law import FitError, ScalingLaw, fit, fit_together
 
 COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
 MORE_POINTS_THAN = 10  # evaluations: with so many or fewer the scaling law is not asked yet (section 3.2)
+RHO_MIN = 1e-20  # a robust set smaller than this is the reference ratio itself
 
 
 def chi2(q, p) -> float:
@@ -34,13 +37,13 @@ def chi2(q, p) -> float:
 def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, temperature: float = 0.0) -> np.ndarray:
     """The worst mixture within chi2(q, ratio) <= rho: argmax Σ q_i (l_i - r_i), eq. 3 and 5.
 
-    q_i ∝ p_i · max(relu(excess_i - eta) / Z, floor) with Z = Σ p_i relu(excess_i - eta), eta such that the constraint
-    is tight. The floor keeps every domain in the training: at 0 this is the exact argmax. Equal excesses give the
-    ratio itself; a rho beyond reach gives the extreme point, everything (but the floor) on the largest excess.
+    Equal excesses l - r give the ratio itself. A rho beyond reach gives the extreme point: everything, but for the
+    floor, on the largest excess. The floor keeps every domain in the training, at `floor` times its share of the ratio
+    before the weights are made to sum to 1; so it changes every mixture, and only at 0 is this the exact argmax.
 
     That argmax knows no scale: it goes as far for a difference of .001 nats as for one of 1. With a temperature, in
-    nats, it is the argmax of Σ q_i (l_i - r_i) - temperature · chi2(q, p) within the same set: Z is at least the
-    temperature, so that q_i / p_i rises by no more than 1 with each `temperature` nats of excess. 0 is the paper's.
+    nats, it is the argmax of Σ q_i (l_i - r_i) - temperature · chi2(q, p) within the same set: a domain's q_i / p_i
+    rises by at most 1 for every `temperature` nats of its excess. 0 is the paper's.
 
     Arrays of one value per domain; the ratio need not add up to 1. ValueError for values that are not finite, a ratio
     that is not positive, rho or temperature below 0, or a floor that is not in [0, 1).
@@ -48,32 +51,53 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
     losses, reference, p = (np.asarray(x, np.float64) for x in (losses, reference, ratio))
     check(losses=losses, reference=reference, ratio=p, rho=rho, floor=floor, temperature=temperature)
     p, excess = p / p.sum(), losses - reference
-    worst, gap = excess == excess.max(), np.ptp(excess)
-    # what is only float32's rounding must not become weights; nor is there anything to find in so small a set
-    if gap <= 1e-6 * max(1.0, np.abs(losses).max()) or rho < 1e-20 or gap < 1e-12 * temperature:
+    gap = np.ptp(excess)
+    if gap <= 1e-6 * max(1.0, np.abs(losses).max()) or rho < RHO_MIN:  # float32's rounding must not become weights
         return p
-    excess = (excess - excess.max()) / gap  # neither an offset nor a scale changes the argmax: now in [-1, 0]
-    close = {"xtol": 1e-300, "maxiter": 1000}  # the worst is at 0, where floats tell near ties apart
+    # neither an offset nor a scale changes the argmax; with the worst at 0 floats tell near ties apart
+    excess, temperature = (excess - excess.max()) / gap, temperature / gap
+    eta = eta_of_the_set(excess, p, rho, floor)
+    if temperature > 0:
+        eta = min(eta, eta_of_the_temperature(excess, p, temperature))
+    return weights_at(eta, excess, p, floor)
 
-    def above(eta):
-        return np.maximum(excess - eta, 0.0)
 
-    def weights_at(eta):
-        q = p * np.maximum(above(eta) / (p @ above(eta)), floor)
-        return q / q.sum()
+def weights_at(eta: float, excess, p, floor: float) -> np.ndarray:
+    """The argmax for eta, the excess above which a domain gains weight (the Lagrange multiplier of Σ q = 1).
 
-    mean = p @ excess
-    eta = np.max(excess[~worst])  # only the worst are above it: the extreme point
-    if chi2(weights_at(eta), p) > rho:
-        # below `low` neither relu nor floor bind (the least excess, -1, gets (-1 - eta) / (mean - eta) >= floor times
-        # its share), and there chi2 = ½ variance / (mean - eta)² <= rho
-        spread = np.sqrt(p @ (excess - mean) ** 2)
-        low = mean - 1.001 * max(spread / np.sqrt(2 * rho), (mean + 1) / (1 - floor))
-        eta = brentq(lambda eta: chi2(weights_at(eta), p) - rho, low, eta, **close)  # the constraint is tight
-    least = temperature / gap
-    if p @ above(eta) < least:  # Z >= mean - eta
-        eta = brentq(lambda eta: p @ above(eta) - least, mean - 1.001 * least, eta, **close)
-    return weights_at(eta)
+    q_i ∝ p_i · max(relu(excess_i - eta) / Z, floor) with Z = Σ p_i relu(excess_i - eta).
+    """
+    above = np.maximum(excess - eta, 0.0)
+    q = p * np.maximum(above / (p @ above), floor)
+    return q / q.sum()
+
+
+def eta_of_the_set(excess, p, rho: float, floor: float) -> float:
+    """The eta at which chi2(q, p) = rho; with a rho beyond reach, the eta above which is only the worst domain.
+
+    chi2 rises with eta: far below all excesses q is p, just below the largest one it is the extreme point.
+    """
+
+    def beyond(eta):
+        return chi2(weights_at(eta, excess, p, floor), p) - rho
+
+    high = np.max(excess[excess < 0])  # the largest excess is 0
+    if beyond(high) <= 0:
+        return high
+    low = -2.0  # the smallest excess is -1
+    while beyond(low) > 0:
+        low *= 2
+    return brentq(beyond, low, high, xtol=1e-300, maxiter=1000)
+
+
+def eta_of_the_temperature(excess, p, temperature: float) -> float:
+    """The eta at which Z = temperature, so that q_i / p_i = relu(excess_i - eta) / temperature.
+
+    Z is the largest of Σ_S p_i (excess_i - eta) over sets S of domains; the largest is always one of the k worst.
+    """
+    worst_first = np.argsort(-excess)
+    p, excess = p[worst_first], excess[worst_first]
+    return np.max((np.cumsum(p * excess) - temperature) / np.cumsum(p))
 
 
 def sheared_weights(weights, losses, reference, step_size: float = 1.0, smoothing: float = 1e-4, clip: bool = False):
@@ -118,44 +142,44 @@ def check(losses, reference, ratio, rho=0.0, floor=0.0, temperature=0.0):
         )
 
 
+class Point(NamedTuple):
+    """Where a run is on the axes of the scaling law."""
+
+    tokens: np.ndarray  # (n,) training tokens of each domain seen: T
+    params: float  # parameters left in the model: P
+    rate: float = 1.0  # learning rate, as a share of its peak: eta
+
+
+@dataclass
 class Mixture:
-    """The domain weights of a run, updated at each evaluation. All state is the small dict `state`.
+    """The domain weights of a run, updated at each evaluation. ValueError for a schedule that does not exist."""
 
-    schedule: "constant", "sheared" or "dro"; dynamic_reference and dynamic_ratio switch the paper's two additions.
-    initial: first weights and reference ratio, one share per domain; reference: first reference losses or None.
-    law: "paper", eq. 4, where the lowest prediction ever made counts; or "rate", with the learning rate
-    (scaling_law.py), where the newest does, so that a wrong early one is forgotten.
-    """
+    domains: list[str]
+    initial: np.ndarray  # (n,) first weights and reference ratio; they need not sum to 1
+    schedule: str  # a key of SCHEDULES
+    reference: list[float] | None = None  # given reference losses
+    dynamic_reference: bool = False  # section 3.2
+    dynamic_ratio: bool = False  # section 3.3
+    law: str = "rate"  # "paper": eq. 4, and the lowest prediction ever made counts; "rate": the newest, of fit_together
+    rho: float = 0.1
+    floor: float = 0.2
+    temperature: float = 0.0
+    delta: float = 0.1
+    bound: float = 2.0
+    step_size: float = 1.0
+    clip: bool = False
 
-    def __init__(
-        self,
-        domains: list[str],
-        initial,
-        schedule: str,
-        reference=None,
-        *,
-        dynamic_reference: bool = False,
-        dynamic_ratio: bool = False,
-        law: str = "rate",
-        rho: float = 0.1,
-        floor: float = 0.2,
-        temperature: float = 0.0,
-        delta: float = 0.1,
-        bound: float = 2.0,
-        step_size: float = 1.0,
-        clip: bool = False,
-    ):
-        self.domains, self.schedule = domains, schedule
-        self.dynamic_reference, self.dynamic_ratio = dynamic_reference, dynamic_ratio
-        self.law, self.delta, self.bound = law, delta, bound
-        self.rho, self.floor, self.temperature = rho, floor, temperature
-        self.step_size, self.clip = step_size, clip
-        self.initial = np.asarray(initial, np.float64) / np.sum(initial)
-        self.state = {
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule = '{self.schedule}' is not one of {', '.join(SCHEDULES)}")
+        self.initial = np.asarray(self.initial, np.float64) / np.sum(self.initial)
+        self.laws: list[ScalingLaw | FitError | None] = [None] * len(self.domains)  # of the last evaluation
+        given = None if self.reference is None else [float(r) for r in self.reference]
+        self.state = {  # all that changes
             "weights": self.initial.tolist(),
             "ratio": self.initial.tolist(),
-            "given": None if reference is None else [float(r) for r in reference],
-            "reference": None if reference is None else [float(r) for r in reference],
+            "given": given,
+            "reference": given,
             "best": None,  # lowest validation loss of each domain so far
             "history": {"tokens": [], "losses": [], "params": [], "rates": []},  # one row per evaluation
         }
@@ -165,53 +189,37 @@ class Mixture:
         """What the next batch is drawn by, one share per domain."""
         return np.array(self.state["weights"])
 
-    def update(
-        self, progress: float, losses, tokens, params: float, tokens_end, params_end: float, rate=1.0, rate_end=1.0
-    ) -> dict:
-        """Take one evaluation in: the new weights act from the next batch on.
+    def update(self, progress: float, losses, now: Point, end: Point) -> None:
+        """Take one evaluation in: losses -> law -> reference -> weights, which act from the next batch on.
 
-        progress: share of the run that is done, 0 to 1. losses: validation losses (n,), nats. tokens: tokens of each
-        domain seen (n,); tokens_end: expected at the end of the run. params, params_end: parameters left now, at the
-        end; rate, rate_end: learning rate now, at the end, as shares of its peak. Returns {"laws", "no_prediction"}: a
-        ScalingLaw or None per domain, why there is none. ValueError names the domain whose loss is not finite.
+        progress: share of the run that is done, 0 to 1. losses: validation losses (n,), nats. now, end: where the run
+        is and where it will end. Afterwards `laws` has for each domain a ScalingLaw, or why there is none, or None
+        where none was asked for. ValueError names the domain whose loss is not finite.
         """
-        s, losses = self.state, np.asarray(losses, np.float64)
+        losses = np.asarray(losses, np.float64)
         for name, loss in zip(self.domains, losses):
             if not np.isfinite(loss):
                 raise ValueError(f"validation loss of domain '{name}' is {loss}")
-        s["best"] = losses.tolist() if s["best"] is None else np.minimum(s["best"], losses).tolist()
+        self._collect(progress, losses, now)
+        self.laws = self._fit_laws(progress)
+        self._refer(end)
+        if self.state["reference"] is not None:
+            self.state["weights"] = SCHEDULES[self.schedule](self, progress, losses).tolist()
+
+    def _collect(self, progress: float, losses, now: Point) -> None:
+        state, history = self.state, self.state["history"]
+        state["best"] = losses.tolist() if state["best"] is None else np.minimum(state["best"], losses).tolist()
         if progress >= COLLECT_FROM:
-            point = {"tokens": list(map(int, tokens)), "losses": losses.tolist()}
-            for key, value in (point | {"params": float(params), "rates": float(rate)}).items():
-                s["history"][key].append(value)
-        laws = [None] * len(losses)
-        if self.dynamic_reference and progress >= PREDICT_FROM and len(s["history"]["losses"]) > MORE_POINTS_THAN:
-            laws = self.fit_laws()
-            predicted = [
-                law.predict(t, params_end, rate_end) if isinstance(law, ScalingLaw) else np.inf
-                for law, t in zip(laws, tokens_end)
-            ]
-            # section 3.2: the reference is the lowest loss the domain was given, seen at or predicted to reach
-            before = s["reference"] if self.law == "paper" else s["given"]
-            before = np.full(len(losses), np.inf) if before is None else before
-            s["reference"] = np.minimum.reduce([before, predicted, s["best"]]).tolist()
+            history["tokens"].append(list(map(int, now.tokens)))
+            history["losses"].append(losses.tolist())
+            history["params"].append(float(now.params))
+            history["rates"].append(float(now.rate))
 
-        if self.schedule != "constant" and s["reference"] is not None:
-            if self.schedule == "sheared":
-                q = sheared_weights(s["weights"], losses, s["reference"], self.step_size, clip=self.clip)
-            else:
-                q = dro_weights(losses, s["reference"], s["ratio"], self.rho, self.floor, self.temperature)
-                if self.dynamic_ratio and progress >= RATIO_FROM:
-                    s["ratio"] = update_ratio(s["ratio"], q, self.initial, self.delta, self.bound).tolist()  # 3.3
-            s["weights"] = q.tolist()
-        return {
-            "laws": [law if isinstance(law, ScalingLaw) else None for law in laws],
-            "no_prediction": [str(law) if isinstance(law, FitError) else None for law in laws],
-        }
-
-    def fit_laws(self) -> list[ScalingLaw | FitError]:
-        """The scaling law of each domain, from all evaluations so far."""
-        tokens, losses, params, rates = (np.array(self.state["history"][key]) for key in self.state["history"])
+    def _fit_laws(self, progress: float) -> list[ScalingLaw | FitError | None]:
+        """The scaling law of each domain, from all evaluations so far; None before it is time to predict."""
+        tokens, losses, params, rates = (np.array(column) for column in self.state["history"].values())
+        if not self.dynamic_reference or progress < PREDICT_FROM or len(losses) <= MORE_POINTS_THAN:
+            return [None] * len(self.domains)
         if self.law == "rate":
             return fit_together(tokens, losses, params, rates)
         laws = []
@@ -222,3 +230,49 @@ class Mixture:
             except FitError as error:
                 laws.append(error)
         return laws
+
+    def predictions(self, point: Point) -> list[float | None]:
+        """The loss of each domain at a point, by the laws of the last evaluation; None where there is no law."""
+        return [
+            law.predict(t, point.params, point.rate) if isinstance(law, ScalingLaw) else None
+            for law, t in zip(self.laws, point.tokens)
+        ]
+
+    def reasons(self) -> list[str | None]:
+        """Why a domain has no law, or None."""
+        return [str(law) if isinstance(law, FitError) else None for law in self.laws]
+
+    def _refer(self, end: Point) -> None:
+        """Section 3.2: the reference is the lowest loss that a domain was given, seen at or predicted to reach."""
+        if all(law is None for law in self.laws):
+            return
+        state, nothing = self.state, [np.inf] * len(self.domains)
+        before = state["reference"] if self.law == "paper" else state["given"]
+        predicted = [np.inf if x is None else x for x in self.predictions(end)]
+        state["reference"] = np.minimum.reduce([before or nothing, predicted, state["best"]]).tolist()
+
+
+# A schedule gives the new weights from the mixture, the share of the run that is done, and the losses. Add yours here.
+
+
+def constant(mixture: Mixture, progress: float, losses) -> np.ndarray:
+    """The initial ratio."""
+    return mixture.initial
+
+
+def sheared(mixture: Mixture, progress: float, losses) -> np.ndarray:
+    """Sheared LLaMA's schedule."""
+    reference, step_size = mixture.state["reference"], mixture.step_size
+    return sheared_weights(mixture.weights, losses, reference, step_size, clip=mixture.clip)
+
+
+def dro(mixture: Mixture, progress: float, losses) -> np.ndarray:
+    """The paper's schedule: the robust weights, and the ratio that follows them."""
+    state = mixture.state
+    q = dro_weights(losses, state["reference"], state["ratio"], mixture.rho, mixture.floor, mixture.temperature)
+    if mixture.dynamic_ratio and progress >= RATIO_FROM:  # section 3.3
+        state["ratio"] = update_ratio(state["ratio"], q, mixture.initial, mixture.delta, mixture.bound).tolist()
+    return q
+
+
+SCHEDULES = {"constant": constant, "sheared": sheared, "dro": dro}

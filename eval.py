@@ -25,10 +25,10 @@ import torch
 
 from model import Gates, KVCache, Llama
 from plumbing import parallel
-from plumbing.checkpoint import check_tokenizer, load_model
 from plumbing.command_line import Parser, user_errors
 from plumbing.continuation import Question, accuracy, log_likelihoods, make_questions, read_questions, write_questions
 from plumbing.data import TokenData
+from plumbing.models import check_tokenizer, load_model
 from plumbing.tokenizer import load_tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant

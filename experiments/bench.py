@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dro import Mixture  # noqa: E402
+from dro import Mixture, Point  # noqa: E402
 from masks import PruningMasks  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 from plumbing.command_line import Parser, user_errors  # noqa: E402
@@ -103,7 +103,8 @@ def time_schedule(rounds: int) -> float:
             params, tokens = 1.25e6 - 7.5e5 * min(1, k / 13), 1000 * (k + 1)
             losses = 2 + tokens**-0.3 * 5 + 0.005 * rng.standard_normal(7)
             start = time.perf_counter()
-            mixture.update((k + 1) / 66, losses, [tokens] * 7, params, [66000] * 7, 5e5, 1 - k / 66, 0.0)
+            now = Point(np.full(7, tokens), params, 1 - k / 66)
+            mixture.update((k + 1) / 66, losses, now, Point(np.full(7, 66000), 5e5, 0.0))
             last = time.perf_counter() - start
         seconds.append(last)
     return statistics.median(seconds)

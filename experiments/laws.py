@@ -54,13 +54,29 @@ def watch(name: str, *command: str) -> None:
         def __init__(self, s, model, *args):
             super().__init__(s, model, *args)
             self.averages = {key: [p.detach().clone() for p in model.parameters()] for key in HORIZONS}
+            self.updates = 0
+            self.optimizer.register_step_post_hook(lambda *_: self.average())
 
-        def step(self, step, *batch):
-            super().step(step, *batch)
+        def average(self):
+            self.updates += 1
             for key, share in HORIZONS.items():
-                memory = min(step + 1, max(1, share * self.s.steps))
+                memory = min(self.updates, max(1, share * self.s.steps))
                 now = [p.detach() for p in self.model.parameters()]
                 torch._foreach_lerp_(self.averages[key], now, 1 / memory)
+
+        def evaluate(self, log, step):
+            super().evaluate(log, step)
+            z = self.masks.deterministic(at_target=False) if self.masks else None
+            params, found = list(self.model.parameters()), {}
+            weights = [p.detach().clone() for p in params]
+            for key in ["weights", *HORIZONS]:
+                for p, value in zip(params, self.averages.get(key, weights)):
+                    p.data.copy_(value)
+                found[key] = windows(self.model, self.reader.data, self.s.seq_len, z)
+            for p, value in zip(params, weights):
+                p.data.copy_(value)
+            with open(OUT / f"{name}.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **found}) + "\n")
 
     @torch.no_grad()
     def windows(model, data, seq_len, z):
@@ -71,23 +87,7 @@ def watch(name: str, *command: str) -> None:
             losses[domain] = torch.cat(nll).tolist()
         return losses
 
-    usual = train.evaluate
-
-    def evaluate(s, trainer, data, mixture, run, step, seen):
-        usual(s, trainer, data, mixture, run, step, seen)
-        z = trainer.masks.deterministic(at_target=False) if trainer.masks else None
-        params, found = list(trainer.model.parameters()), {}
-        weights = [p.detach().clone() for p in params]
-        for key in ["weights", *HORIZONS]:
-            for p, value in zip(params, trainer.averages.get(key, weights)):
-                p.data.copy_(value)
-            found[key] = windows(trainer.model, data, s.seq_len, z)
-        for p, value in zip(params, weights):
-            p.data.copy_(value)
-        with open(OUT / f"{name}.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **found}) + "\n")
-
-    train.Trainer, train.evaluate = Watched, evaluate
+    train.Trainer = Watched
     sys.argv = ["train.py", *command]
     train.main()
 

@@ -1,11 +1,12 @@
-"""Settings: one dataclass, a config file that is read but never executed, `--key=value` on top.
+"""From a command line to values: one dataclass of settings, a config file that is read but never executed.
 
-    python train.py config/toy_prune.py --steps=800 --lr=1e-3      # the file, then the overrides
-    python train.py --help                                         # every field, its default and its meaning
+    python train.py config/toy_prune.py --steps 800 --lr=1e-3      # the file first, then what is given by hand
+    python train.py --help                                         # every setting, its default and its meaning
 
-A config file is plain Python assignments of literals and arithmetic on them (`tokens = 32 * 4096`). It is parsed,
-not run, so it can do nothing but set values, and a misspelt key is an error instead of a silent default. Every
-problem of the file and of the command line is reported at once.
+A config file is plain Python assignments of literals and arithmetic on them (`tokens = 32 * 4096`). It is parsed and
+not run, so it can do nothing but set values, and a misspelt key is an error instead of a silent default. The assignment
+`base = "other.py"` reads another config file of the same folder first. Every problem of the files and of the command
+line is reported at once.
 
 `user_errors` is how every command of this project treats a mistake: one line on stderr, exit status 2.
 """
@@ -14,13 +15,16 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import math
 import operator
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -80,13 +84,57 @@ def literal(node: ast.AST) -> Any:
     raise ValueError(f"only literals and arithmetic on them are allowed, not `{ast.unparse(node)}`")
 
 
-def fields(cls: type) -> dict[str, tuple[type, Any, str]]:
-    """name -> (type, default, documentation) of a dataclass whose fields are `Annotated[type, "documentation"]`."""
+class Limits(NamedTuple):
+    """The smallest and the largest value that a setting may have."""
+
+    low: float
+    high: float = math.inf
+
+
+class Group(str):
+    """A heading of `--help`, given with the first setting that stands below it."""
+
+
+class Free:
+    """Marks a setting that may change when a run goes on: no number of the run depends on it."""
+
+
+class Field(NamedTuple):
+    """One setting of a dataclass whose fields are `Annotated[type, "documentation", ...]`."""
+
+    kind: type
+    default: Any
+    doc: str
+    limits: Limits | None
+    group: Group | None
+    free: bool
+
+
+def fields(cls: type) -> dict[str, Field]:
+    """name -> Field of each setting of a dataclass."""
     hints, found = get_type_hints(cls, include_extras=True), {}
     for f in dataclasses.fields(cls):
-        kind, doc = get_args(hints[f.name])
-        found[f.name] = (kind, f.default if f.default_factory is dataclasses.MISSING else f.default_factory(), doc)
+        kind, *marks = get_args(hints[f.name])
+        found[f.name] = Field(
+            kind=kind,
+            default=f.default if f.default_factory is dataclasses.MISSING else f.default_factory(),
+            doc=next(mark for mark in marks if type(mark) is str),
+            limits=next((mark for mark in marks if isinstance(mark, Limits)), None),
+            group=next((mark for mark in marks if isinstance(mark, Group)), None),
+            free=Free in marks,
+        )
     return found
+
+
+def out_of_limits(settings: Any) -> list[str]:
+    """What is wrong with the numbers of an instance of such a dataclass, one text for each."""
+    wrong = []
+    for name, field in fields(type(settings)).items():
+        value = getattr(settings, name)
+        if field.limits and not (field.limits.low <= value <= field.limits.high and math.isfinite(value)):
+            low, high = field.limits
+            wrong.append(f"{name} = {value} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}"))
+    return wrong
 
 
 def coerce(value: Any, kind: type) -> Any:
@@ -103,71 +151,111 @@ def coerce(value: Any, kind: type) -> Any:
 
 
 def _named(kind: type) -> str:
-    return {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a string"}.get(
-        kind.__name__, f"a {kind.__name__}"
-    )
+    names = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a string"}
+    return names.get(kind.__name__, f"a {kind.__name__}")
 
 
 def load(cls: type, args: list[str]) -> Any:
-    """An instance of the dataclass `cls` from command-line arguments: config files, then `--key=value`.
+    """An instance of the dataclass `cls` from command-line arguments: config files, then `--key=value`, `--key value`
+    or, for a setting that is True or False, `--key`.
 
-    Prints the fields and exits for `--help`. Raises ValueError with all problems found, in one message.
+    Prints the settings and exits for `--help`. Raises ValueError with all problems found, in one message.
     """
     known, values, problems = fields(cls), {}, []
 
-    def put(where: str, key: str, node: ast.AST | None, text: str):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f", did you mean '{near[0]}'?" if near else "; --help lists the settings"
-            problems.append(f"{where}: unknown setting '{key}'{hint}")
-            return
-        kind = known[key][0]
+    def put(where: str, key: str, read: Callable[[], Any]):
         try:
-            values[key] = coerce(text if node is None else literal(node), kind)
+            values[key] = coerce(read(), known[key].kind)
         except (ValueError, TypeError, ArithmeticError) as error:
             problems.append(f"{where}: {key}: {error}")
 
-    for arg in sorted(args, key=lambda arg: arg.startswith("-")):  # files first: what is given by hand wins
-        if arg in ("-h", "--help"):
-            print(help_text(cls))
-            sys.exit(0)
-        elif arg.startswith("--"):
-            key, given, text = arg[2:].partition("=")
-            key = key.replace("-", "_")
-            if not given:
-                problems.append(f"{arg}: a value is needed, as in {arg}=VALUE")
-                continue
-            try:
-                node = ast.parse(text, mode="eval").body
-            except SyntaxError:
-                node = None  # not a Python expression: the text itself, as in --out=out/my run
-            is_text = key in known and (known[key][0] is str or get_origin(known[key][0]) is Literal)
-            if is_text and not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
-                node = None
-            put(arg.partition("=")[0], key, node, text)
+    def unknown(where: str, key: str):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f", did you mean '{near[0]}'?" if near else "; --help lists the settings"
+        problems.append(f"{where}: unknown setting '{key}'{hint}")
+
+    given, others = parser_of(cls, known).parse_known_args(with_values(args, known))
+    value_of_unknown = False
+    for arg in others:  # config files, and options that do not exist
+        if arg.startswith("-"):
+            option, has_value, _ = arg.partition("=")
+            unknown(option, option.lstrip("-"))
+            value_of_unknown = not has_value
+        elif value_of_unknown:
+            value_of_unknown = False
         else:
             for where, key, node in read_config(Path(arg), problems):
-                put(where, key, node, "")
+                if key in known:
+                    put(where, key, partial(literal, node))
+                else:
+                    unknown(where, key)
+    for key, text in vars(given).items():  # what is given by hand wins
+        put(f"--{key}", key, partial(value_of, text, known[key].kind))
     if problems:
         raise ValueError("; ".join(problems))
     return cls(**values)
 
 
-def read_config(path: Path, problems: list[str]) -> list[tuple[str, str, ast.AST]]:
-    """(place, key, expression) of each assignment of a config file; what is not one is appended to `problems`."""
+def with_values(args: list[str], known: dict[str, Field]) -> list[str]:
+    """The arguments with `-` in the names of settings as `_`, and `--key` alone as `--key=True` for a switch."""
+    result = []
+    for arg, following in zip(args, [*args[1:], ""]):
+        if arg.startswith("--"):
+            name, equals, value = arg.partition("=")
+            arg = "--" + name[2:].replace("-", "_") + equals + value
+            field = known.get(arg[2:])
+            if field and field.kind is bool and following not in ("True", "False"):
+                arg += "=True"
+        result.append(arg)
+    return result
+
+
+def parser_of(cls: type, known: dict[str, Field]) -> Parser:
+    """The parser of the settings of `cls`: its `--help` is their documentation."""
+    title, _, usage = cls.__doc__.partition("\n")
+    parser = Parser(usage=title, description=usage, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    group = parser
+    for name, field in known.items():
+        if field.group:
+            group = parser.add_argument_group(field.group)
+        doc = field.doc.replace("%", "%%")
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=f"{field.default!r}", help=doc)
+    return parser
+
+
+def value_of(text: str, kind: type) -> Any:
+    """What an option's text says: a Python literal, or the text itself, as in `--out=out/my run`."""
+    try:
+        node = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return text
+    if kind is str or get_origin(kind) is Literal:
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else text
+    return literal(node)
+
+
+def read_config(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> list[tuple[str, str, ast.AST]]:
+    """(place, key, expression) of each assignment of a config file, those of its `base` first; what is not one is
+    appended to `problems`. `above`: the files that named this one as their base."""
     if not path.is_file():
         others = sorted(str(p) for p in path.parent.glob("*.py")) or sorted(str(p) for p in Path("config").glob("*.py"))
         problems.append(f"{path}: no such config file" + (f"; there are {', '.join(others)}" if others else ""))
         return []
     try:
         body = ast.parse(path.read_text(encoding="utf-8")).body
-    except (SyntaxError, UnicodeDecodeError) as error:
+    except (SyntaxError, ValueError) as error:
         problems.append(f"{path}: not a config file: {error}")
         return []
     found = []
     for statement in body:
         where = f"{path}:{statement.lineno}"
         match statement:
+            case ast.Assign(targets=[ast.Name(id="base")], value=ast.Constant(value=str(name))):
+                base = path.parent / name
+                if base in (path, *above):
+                    problems.append(f"{where}: base = {name!r} leads back to this file")
+                else:
+                    found += read_config(base, problems, (path, *above))
             case ast.Assign(targets=[ast.Name(id=key)], value=node):
                 found.append((where, key, node))
             case ast.Expr(value=ast.Constant()):
@@ -175,10 +263,3 @@ def read_config(path: Path, problems: list[str]) -> list[tuple[str, str, ast.AST
             case _:
                 problems.append(f"{where}: only `name = value` is allowed, not `{ast.unparse(statement)}`")
     return found
-
-
-def help_text(cls: type) -> str:
-    """The dataclass' docstring and one line per field: `--name=default  documentation`."""
-    rows = [(f"--{name}={default!r}", doc) for name, (_, default, doc) in fields(cls).items()]
-    width = min(40, max(len(left) for left, _ in rows))
-    return "\n".join([cls.__doc__.strip(), "", *(f"  {left:<{width}}  {doc}" for left, doc in rows)])

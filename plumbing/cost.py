@@ -25,8 +25,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model import LOGITS_AT_ONCE, LlamaConfig, read_config
 from plumbing import parallel
-from plumbing.checkpoint import model_directory
 from plumbing.command_line import load
+from plumbing.data import MicroBatch
+from plumbing.models import model_directory
+from plumbing.settings import Settings
 
 GIB = 2**30
 PEAKS = {"h200": (989e12, 67e12), "h100": (989e12, 67e12), "a100": (312e12, 19.5e12)}  # FLOP/s in bfloat16, float32
@@ -64,9 +66,11 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def peak_of(name: str, dtype: str) -> float | None:
-    """The same of a GPU's name."""
-    peaks = next((peaks for gpu, peaks in PEAKS.items() if gpu in name.lower()), None)
-    return peaks and peaks[dtype == "float32"]
+    """Peak of the matrix products of a GPU, by its name, in a dtype, FLOP/s; None where it is not known."""
+    for gpu, (bfloat16, float32) in PEAKS.items():
+        if gpu in name.lower():
+            return float32 if dtype == "float32" else bfloat16
+    return None
 
 
 def memory_of(name: str) -> float:
@@ -78,11 +82,11 @@ def memory_of(name: str) -> float:
     raise ValueError(f"gpu = '{name}' is not one of {', '.join(GPUS)}, and no memory size such as 24GB")
 
 
-def shape_of(s, make_masks: Callable) -> LlamaConfig:
+def shape_of(s: Settings) -> LlamaConfig:
     """Shape of the model that a run starts from: from scratch, of a model directory or run, or, where that is not there
     yet, a published one or what its config will make."""
     if not s.init_from:
-        return s.shape(BYTES)
+        return s.shape_from_scratch(BYTES)
     if (directory := model_directory(s.init_from)) is not None:
         return read_config(directory)
     name = Path(s.init_from).name
@@ -91,10 +95,9 @@ def shape_of(s, make_masks: Callable) -> LlamaConfig:
     config = Path(__file__).parent.parent / "config" / f"{name}.py"
     if not config.is_file():
         raise ValueError(f"{s.init_from}: no such model or run, and its shape is not known either")
-    before = load(type(s), [str(config)])
-    shape = shape_of(before, make_masks)
-    masks = make_masks(before, shape)
-    return masks.target if masks else shape
+    before = load(Settings, [str(config)])
+    source = shape_of(before)
+    return before.target_shape(source) or source
 
 
 def parts(c: LlamaConfig) -> dict[str, int]:
@@ -108,44 +111,94 @@ def parts(c: LlamaConfig) -> dict[str, int]:
     }
 
 
-def memory(s, config: LlamaConfig, make_masks: Callable, trainer_class: type) -> dict[str, float]:
-    """Bytes that one of s.world_size processes holds when a training step needs most, by kind, and "all"."""
-    processes, (mine, micro_batch) = s.world_size, s.rows(s.world_size)
+class Enough(Exception):
+    """The rehearsal has seen what it wanted to see."""
+
+
+class Rehearsal:
+    """Stands in for the batches and for the directory of a run: its batches have shapes only. A memory tracker watches
+    the second step; in the first one, AdamW makes its state."""
+
+    def __init__(self, s: Settings, sequences: int, keeps_gradients: bool):
+        self.keeps_gradients, self.tracker = keeps_gradients, None
+        tokens = torch.zeros(sequences, s.seq_len + 1, dtype=torch.int64)
+        domain = torch.zeros(sequences, dtype=torch.int64)
+        self.parts = [
+            MicroBatch(tokens[start : start + s.micro_batch], domain[start : start + s.micro_batch], gate_sample=i)
+            for i, start in enumerate(range(0, sequences, s.micro_batch))
+        ]
+
+    def watch(self, trainer) -> None:
+        """Take the trainer whose memory is to be tracked."""
+        self.trainer = trainer
+        if self.keeps_gradients:
+            optimizer = trainer.optimizer
+            optimizer.zero_grad = partial(optimizer.zero_grad, set_to_none=False)
+
+    def next_batch(self, step: int, weights) -> "Rehearsal":
+        """The micro-batches of this process, in the first step and in the second."""
+        if step == 1:
+            self._start_tracker()
+        if step == 2:
+            raise Enough
+        return self
+
+    def _start_tracker(self) -> None:
+        trainer = self.trainer
+        if parallel.is_sharded(trainer.model):
+            self.tracker = FSDPMemTracker(trainer.model, trainer.optimizer)
+        else:
+            self.tracker = MemTracker()
+            self.tracker.track_external(trainer.tree, trainer.optimizer)
+        self.tracker.__enter__()
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for part in self.parts:
+            if self.tracker:
+                self.tracker.reset_mod_stats()  # a micro-batch is an iteration of its own to the tracker
+                for gradient in parallel.accumulated(self.trainer.model):
+                    self.tracker._update_and_maybe_create_winfos(gradient, _FSDPRefType.UNSHARDED_GRAD)
+            yield part
+
+    def interrupted(self) -> bool:
+        """Nobody stops a rehearsal."""
+        return False
+
+    def finish_save(self, wait: bool) -> None:
+        """Nothing is saved."""
+
+    def peak(self) -> dict:
+        """Kind of memory -> bytes, when most was needed."""
+        self.tracker.__exit__(None, None, None)
+        (snapshot,) = self.tracker.get_tracker_snapshot("peak").values()
+        return snapshot
+
+
+def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, float]:
+    """Bytes that one of s.world_size processes holds when a training step needs most, by kind, and "all".
+
+    rehearse(settings, source, rehearsal) is to train with the rehearsal in place of batches and run.
+    """
+    processes, (mine, micro_batch) = s.world_size, s.split_batch(s.world_size)
     mine = min(mine, 2 * micro_batch)  # with more micro-batches per step it needs no more
     # in DDP each process needs what it would need alone, but the buckets that its gradients are in stay
     n = processes if s.parallel == "fsdp" else 1
     s = replace(s, batch_size=mine * n, micro_batch=micro_batch, gate_samples=mine * n // micro_batch)
-    device, dtype, mesh = torch.device("cpu"), torch.bfloat16 if s.dtype == "bfloat16" else None, None
+    never = 10**9  # nothing is logged, evaluated or saved in two steps
+    s = replace(s, schedule="constant", log_interval=never, eval_interval=never, save_interval=never, stop_at=0)
+    s = replace(s, steps=s.steps + 3)
     if n > 1:
         dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
-        mesh = parallel.make_mesh(device)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            masks = make_masks(s, config)
-            if masks and s.gates != "learned":
-                config, masks = masks.target, None
-            model = parallel.make_model(config, None, device, mesh, dtype, checkpoint_layers=s.activation_checkpointing)
-            trainer = trainer_class(s, model, masks, n_domains=1)
-            if processes > 1 and not mesh:
-                trainer.optimizer.zero_grad = partial(trainer.optimizer.zero_grad, set_to_none=False)
-            tokens = torch.zeros(mine, s.seq_len + 1, dtype=torch.int64)
-            domain = torch.zeros(mine, dtype=torch.int64)
-            trainer.step(0, tokens, domain)
-            tracker = FSDPMemTracker(model, trainer.optimizer) if mesh else MemTracker()
-            if not mesh:
-                tracker.track_external(trainer.tree, trainer.optimizer)
-            accumulate = trainer.accumulate
-
-            def tracked(*args):
-                tracker.reset_mod_stats()  # a micro-batch is an iteration of its own to the tracker
-                for gradient in parallel.accumulated(model):
-                    tracker._update_and_maybe_create_winfos(gradient, _FSDPRefType.UNSHARDED_GRAD)
-                accumulate(*args)
-
-            trainer.accumulate = tracked
-            with tracker:
-                trainer.step(1, tokens, domain)
-            (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+            rehearsal = Rehearsal(s, mine, keeps_gradients=processes > 1 and n == 1)
+            try:
+                rehearse(s, source, rehearsal)
+            except Enough:
+                snapshot = rehearsal.peak()
     finally:
         parallel.stop()
     result = dict.fromkeys(ROWS, 0.0)
@@ -155,45 +208,45 @@ def memory(s, config: LlamaConfig, make_masks: Callable, trainer_class: type) ->
     return {**result, "all": snapshot["Total"]}
 
 
-def remedies(s, n_params: int, space: float) -> Iterator:
+def remedies(s: Settings, n_params: int, space: float) -> Iterator:
     """Settings that need less memory, nearest first."""
     small = s
     if not s.activation_checkpointing:
         yield (small := replace(small, activation_checkpointing=True))
-    if s.rows(s.world_size)[1] > 1:
+    if s.split_batch(s.world_size)[1] > 1:
         yield (small := replace(small, micro_batch=1))
     if s.parallel == "fsdp" and s.world_size > 1 and not s.shard_gradients:
         yield (small := replace(small, shard_gradients=True))
     small = replace(small, parallel="fsdp")
-    for n in [s.world_size] * (s.parallel == "ddp") + [2**k for k in range(1, 11) if 2**k > s.world_size]:
+    more = [2**k for k in range(1, 11) if 2**k > s.world_size]
+    for n in [s.world_size, *more] if s.parallel == "ddp" else more:
         # float32 weights, gradients and AdamW's two moments alone are 16 bytes per parameter
         if n > 1 and s.batch_size % n == 0 and 16 * n_params / n < space:
-            yield replace(small, world_size=n, micro_batch=small.rows(n)[1])
+            yield replace(small, world_size=n, micro_batch=small.split_batch(n)[1])
 
 
 def changes(s, other) -> str:
-    """What to add to the command line to come from settings s to others; the machine's, which stand last, first."""
+    """The options that change the settings s to `other`. Those of the machine come first."""
     return " ".join(f"--{k}={v}" for k, v in reversed(asdict(other).items()) if v != getattr(s, k))
 
 
-def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
+def dry_run(s: Settings, rehearse: Callable) -> None:
     """Print what the run of these settings would cost. ValueError, with the nearest remedy, where it does not fit."""
     total, peak = memory_of(s.gpu), peak_of(s.gpu, s.dtype)
-    s.rows(s.world_size)
-    config = shape_of(s, make_masks)
-    masks = make_masks(s, config)
-    target = masks.target if masks else None
-    trained = config if not masks or s.gates == "learned" else target
+    s.split_batch(s.world_size)
+    source = shape_of(s)
+    target = s.target_shape(source)
+    trained = target if target and s.gates != "learned" else source
 
     tokens = s.steps * s.batch_size * s.seq_len
     train_flops = trained.flops_per_token(s.seq_len)
     forward_flops = trained.flops_per_token(s.seq_len, backward=False)
-    recomputed = forward_flops * s.activation_checkpointing
+    recomputed = forward_flops if s.activation_checkpointing else 0.0
     evaluations, n_domains = -(-s.steps // s.eval_interval) + 1, len(s.domains) or len(s.ratio) or 1
     eval_tokens = evaluations * s.eval_sequences * n_domains * s.seq_len
     flops = tokens * (train_flops + recomputed) + eval_tokens * forward_flops
 
-    shapes = [parts(c) for c in (config, target) if c]
+    shapes = [parts(c) for c in (source, target) if c]
     row("parameters", "".join(f"{name:>16}" for name in ("source", "target")[: len(shapes)]))
     for part in shapes[0]:
         row(f"  {part}", "".join(f"{shape[part]:>16,}" for shape in shapes))
@@ -201,22 +254,25 @@ def dry_run(s, make_masks: Callable, trainer_class: type) -> None:
     row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {tokens:,} tokens")
     known = f"{n_domains} domains" if s.domains or s.ratio else "each domain"
     row("evaluation", f"{evaluations:,} times {s.eval_sequences} sequences of {known}: {eval_tokens:,} tokens")
-    row("FLOPs per token", f"{train_flops:.3g}" + f" + {recomputed:.3g} recomputed" * bool(recomputed))
+    again = f" + {recomputed:.3g} recomputed" if recomputed else ""
+    row("FLOPs per token", f"{train_flops:.3g}{again}")
 
-    need = memory(s, config, make_masks, trainer_class)
-    mine, micro_batch = s.rows(s.world_size)
-    how = f"{s.world_size} x {s.gpu}" + f", {s.parallel}" * (s.world_size > 1)
+    need = memory(s, source, rehearse)
+    mine, micro_batch = s.split_batch(s.world_size)
+    how = f"{s.world_size} x {s.gpu}"
+    if s.world_size > 1:
+        how += f", {s.parallel}"
     row("memory per GPU", f"at its peak; {how}, {mine // micro_batch} x {micro_batch} sequences per step")
     for kind in ROWS:
         row(f"  {kind}", f"{readable(need[kind]):>16}")
-    logits = min(LOGITS_AT_ONCE, micro_batch * s.seq_len * config.vocab_size) * 4
+    logits = min(LOGITS_AT_ONCE, micro_batch * s.seq_len * source.vocab_size) * 4
     row("  all", f"{readable(need['all']):>16} of {readable(total - RESERVE)}, {readable(RESERVE)} are left free")
     row("  float32 logits", f"{readable(logits):>16} at once, when activations are at their most")
     if need["all"] > total - RESERVE:
         fits = None
         for settings in remedies(s, trained.n_params(), total - RESERVE):
             print(f"trying {changes(s, settings)}")
-            if memory(settings, config, make_masks, trainer_class)["all"] <= total - RESERVE:
+            if memory(settings, source, rehearse)["all"] <= total - RESERVE:
                 fits = changes(s, settings)
                 break
         needed = f"{readable(need['all'])} of {readable(total - RESERVE)}, most of it for {max(ROWS, key=need.get)}"

@@ -11,9 +11,13 @@ loss * tokens / bytes / ln 2 bits per byte, which can be compared between tokeni
 import difflib
 import hashlib
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 FORMAT = 1  # of the data set on disk; a reader refuses any other
 SPLITS = ("train", "val", "test")
@@ -92,6 +96,11 @@ class TokenData:
         counts = self.meta["domains"][domain][split]
         return counts["bytes"] / counts["tokens"]
 
+    def bits_per_byte(self, losses: dict[str, float], split: str) -> dict[str, float]:
+        """Nats per token -> bits per byte of the text, by domain, at the whole split's bytes per token: a few windows
+        may have others."""
+        return {d: loss / math.log(2) / self.bytes_per_token(d, split) for d, loss in losses.items()}
+
     def read(self, domain: str, split: str, seq_len: int, indices: np.ndarray) -> np.ndarray:
         """The sequences with these numbers, int64 (len(indices), T+1)."""
         tokens, rows = self._tokens[domain, split], np.empty((len(indices), seq_len + 1), np.int64)
@@ -114,15 +123,39 @@ class TokenData:
         return self.read(domain, split, seq_len, np.arange(n) * total // n)
 
 
+class MicroBatch(NamedTuple):
+    """Sequences that a process computes at once, all under one sample of the gates."""
+
+    tokens: Tensor  # (b, T+1) int64
+    domain: Tensor  # (b,) int64, index of each sequence's domain
+    gate_sample: int
+
+
 class BatchReader:
     """Batches of training sequences, each sequence's domain drawn from the weights of the moment.
 
     A domain's sequences come in the order of a permutation keyed by (seed, domain, epoch): none comes back before all
     have come. What a batch holds follows from (seed, step, weights) and one counter per domain, which is all the state.
+    Each of `processes` processes gets its share of a batch, in micro-batches on `device`.
     """
 
-    def __init__(self, data: TokenData, seq_len: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        data: TokenData,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        processes: int = 1,
+        micro_batch: int = 0,
+        gate_samples: int = 1,
+        device: torch.device | str = "cpu",
+    ):
         self.data, self.seq_len, self.batch_size, self.seed = data, seq_len, batch_size, seed
+        self.mine = batch_size // processes  # sequences of this process, from the one numbered `start`
+        self.start, self.micro_batch = rank * self.mine, micro_batch or self.mine
+        self.gate_samples, self.device = gate_samples, torch.device(device)
         self.totals = [data.sequences(domain, "train", seq_len) for domain in data.domains]
         self.counts = [0] * len(data.domains)  # sequences drawn so far
         self._orders = {}  # domain index -> (epoch, permutation)
@@ -130,11 +163,24 @@ class BatchReader:
             if total == 0:
                 raise ValueError(f"{data.path}: train of domain {domain} is shorter than one sequence of {seq_len}")
 
-    def next(self, step: int, weights: np.ndarray, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 (b, T+1) and domain indices int64 (b,) of `rows` of the global batch of this step.
+    def next_batch(self, step: int, weights: np.ndarray) -> list[MicroBatch]:
+        """This process's share of the batch of a step, in micro-batches. Every process must call it with the same step
+        and weights: all sequences are counted, its own are read. See `draw` for the weights."""
+        domains, sequences = self.draw(step, weights)
+        parts = []
+        for start in range(self.start, self.start + self.mine, self.micro_batch):
+            part = slice(start, start + self.micro_batch)
+            tokens, domain = self.read(domains[part], sequences[part]), torch.from_numpy(domains[part])
+            if self.device.type == "cuda":  # or the copies would wait for the device
+                tokens, domain = tokens.pin_memory(), domain.pin_memory()
+            tokens, domain = (x.to(self.device, non_blocking=True) for x in (tokens, domain))
+            parts.append(MicroBatch(tokens, domain, gate_sample=start * self.gate_samples // self.batch_size))
+        return parts
 
-        weights: (n domains,), summing to 1; 0 means never. Every rank must call it with the same step and weights:
-        all rows are counted, `rows` are read. Raises ValueError for weights that are no distribution.
+    def draw(self, step: int, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Index of the domain and number of the sequence within it, int64 (batch_size,), for the batch of a step.
+
+        weights: (n domains,), summing to 1; 0 means never. Raises ValueError for weights that are no distribution.
         """
         weights = np.asarray(weights, np.float64)
         if weights.shape != (len(self.totals),) or not (weights >= 0).all() or not abs(weights.sum() - 1) < 1e-3:
@@ -144,13 +190,15 @@ class BatchReader:
             )
         rng = np.random.default_rng([self.seed, DRAWS, step])
         domains = rng.choice(len(weights), size=self.batch_size, p=weights / weights.sum())
-        sequences = np.array([self._advance(d) for d in domains], np.int64)
-        domains, sequences = domains[rows], sequences[rows]
+        return domains, np.array([self._advance(d) for d in domains], np.int64)
+
+    def read(self, domains: np.ndarray, sequences: np.ndarray) -> Tensor:
+        """The tokens of these sequences, int64 (b, T+1)."""
         tokens = np.empty((len(domains), self.seq_len + 1), np.int64)
         for d in np.unique(domains):
-            mine = domains == d
-            tokens[mine] = self.data.read(self.data.domains[d], "train", self.seq_len, sequences[mine])
-        return tokens, domains
+            rows = domains == d
+            tokens[rows] = self.data.read(self.data.domains[d], "train", self.seq_len, sequences[rows])
+        return torch.from_numpy(tokens)
 
     def _advance(self, d: int) -> int:
         """Number of the next sequence of domain d."""
@@ -161,9 +209,9 @@ class BatchReader:
         self.counts[d] += 1
         return int(self._orders[d][1][i])
 
-    def tokens_seen(self) -> dict[str, int]:
-        """Training tokens drawn so far, by domain."""
-        return {domain: n * self.seq_len for domain, n in zip(self.data.domains, self.counts, strict=True)}
+    def tokens_seen(self) -> np.ndarray:
+        """Training tokens of each domain drawn so far, int64 (n domains,)."""
+        return np.array(self.counts, np.int64) * self.seq_len
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         """All of the state: how many sequences of each domain were drawn."""

@@ -11,8 +11,8 @@ The gates are small: every process holds them all, and averages their gradients 
 
 import os
 import warnings
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model import Llama, LlamaConfig, open_weights, read_config
+from model import Gates, Llama, LlamaConfig, open_weights, read_config
 
 # losses are a view of a flat tensor, and nothing changes them in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -122,9 +122,12 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 # -- what do I hold? ------------------------------------------------------------------------------------------------
 
 
-def make_mesh(device: torch.device) -> dist.DeviceMesh | None:
-    """All processes in a row, to shard a model over; None where there are none."""
-    return dist.init_device_mesh(device.type, (size(),)) if dist.is_initialized() else None
+def sharding(parallel: str, dtype: str, device: torch.device) -> dict:
+    """What `make_model` needs to know of the settings `parallel` and `dtype`: the mesh of all processes, over which a
+    model is sharded (None: each process holds the whole model), and what a sharded model computes in."""
+    shards = parallel == "fsdp" and dist.is_initialized()
+    mesh = dist.init_device_mesh(device.type, (size(),)) if shards else None
+    return {"mesh": mesh, "dtype": torch.bfloat16 if dtype == "bfloat16" else None}
 
 
 def make_model(
@@ -139,8 +142,8 @@ def make_model(
     """The model, or this process's shard of it, with the weights of `source`: a model directory, a seed to draw them
     from, or None where a checkpoint will fill them in. It is never whole in memory where it is sharded.
 
-    mesh: of `make_mesh`, to shard it; dtype: what a sharded model computes in, while its weights and the sums of their
-    gradients stay float32. checkpoint_layers, compiled: a layer at a time.
+    mesh, dtype: see `sharding`; weights and the sums of their gradients stay float32. checkpoint_layers, compiled: a
+    layer at a time.
     """
     with torch.device("meta"):
         model = Llama(config)
@@ -191,24 +194,41 @@ def my_rows(x: Tensor) -> slice:
     return slice(rank() * rows, (rank() + 1) * rows)
 
 
-def engine(model: Llama) -> nn.Module:
-    """What to call in training: the model itself, in DDP where it is whole in each of several processes."""
-    if size() == 1 or is_sharded(model):
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+class Engine:
+    """A model as the training loop calls it: in mixed precision, and as one of several processes.
+
+    dtype: what matrix products are computed in ("float32" or "bfloat16"). each: average the gradients after each
+    micro-batch of a step, which needs less memory with shards; else they are averaged with the last one.
+    """
+
+    def __init__(self, model: Llama, dtype: str = "float32", each: bool = False):
+        self.model, self.dtype, self.each = model, dtype, each
+        self.device = local(model.embed_tokens.weight).device
+        self.module = model
+        if size() > 1 and not is_sharded(model):
+            self.module = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def __call__(self, tokens: Tensor, z: Gates | None = None, targets: Tensor | None = None) -> Tensor:
+        """As the model's forward."""
+        with autocast(self.model, self.dtype):
+            return self.module(tokens, z, targets=targets)
+
+    def micro_batches(self, parts: list) -> Iterator:
+        """The micro-batches of a step. The backward pass of the last one averages the gradients over the processes."""
+        for i, part in enumerate(parts):
+            now = self.each or i == len(parts) - 1
+            if is_sharded(self.module):
+                self.module.set_requires_gradient_sync(now)
+            alone = isinstance(self.module, DistributedDataParallel) and not now
+            with self.module.no_sync() if alone else nullcontext():
+                yield part
 
 
-@contextmanager
-def synchronised(engine: nn.Module, now: bool):
-    """Inside, a backward pass averages gradients only if `now`."""
-    if is_sharded(engine):
-        engine.set_requires_gradient_sync(now)
-        yield
-    elif isinstance(engine, DistributedDataParallel) and not now:
-        with engine.no_sync():
-            yield
-    else:
-        yield
+def autocast(model: Llama, dtype: str):
+    """A context in which the matrix products of `model` are computed in `dtype`, "float32" or "bfloat16". A sharded
+    model has its own rule, from `make_model`."""
+    mixed = dtype == "bfloat16" and not is_sharded(model)
+    return torch.autocast(local(model.embed_tokens.weight).device.type, torch.bfloat16, enabled=mixed)
 
 
 def accumulated(model: nn.Module) -> list[Tensor]:

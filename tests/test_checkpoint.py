@@ -14,7 +14,7 @@ from torch.distributed import checkpoint as dcp
 
 import eval as eval_module
 import train
-from plumbing.checkpoint import Run, newest_checkpoint
+from plumbing.run import Run, newest_checkpoint
 
 
 def test_a_full_disk_loses_nothing_older(chain, tmp_path, monkeypatch):
@@ -133,10 +133,10 @@ def test_what_is_no_run_or_another_one_is_not_overwritten(chain, tiny_data, tmp_
     assert before == {p: p.read_bytes() for p in (tmp_path / "x").iterdir()}
 
     shutil.rmtree(tmp_path / "x")
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a: sys.exit(9))  # dies before its first checkpoint
+    evaluate = train.Trainer.evaluate
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda *a, **k: sys.exit(9))  # dies before its first checkpoint
     assert run(monkeypatch, *args) == 9
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train.Trainer, "evaluate", evaluate)
     log = (tmp_path / "x" / "metrics.jsonl").read_bytes()
     assert run(monkeypatch, *args, "--lr=1.0", "--resume=never") == 2
     assert "started with other settings" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import prepare_data
@@ -393,7 +394,8 @@ def test_no_repeat_before_a_domain_is_used_up(tiny_data):
     reader, seen = BatchReader(data, T, 16, seed=5), collections.defaultdict(list)
     weights, step = np.array([0.6, 0.4, 0.0]), 0
     while len(seen[0]) < 2 * reader.totals[0] + 5:
-        tokens, domains = reader.next(step, weights)
+        [(tokens, domains, _)] = reader.next_batch(step, weights)
+        tokens, domains = tokens.numpy(), domains.numpy()
         assert tokens.shape == (16, T + 1) and tokens.dtype == domains.dtype == np.int64
         for d in range(3):
             seen[d] += rows_seen(tokens, domains, d)
@@ -405,9 +407,9 @@ def test_no_repeat_before_a_domain_is_used_up(tiny_data):
     assert seen[0][:n] != seen[0][n : 2 * n] and seen[0][:n] != [
         stream["animals"][i * T : i * T + T + 1].tobytes() for i in range(n)
     ]
-    assert reader.tokens_seen() == {d: len(seen[i]) * T for i, d in enumerate(data.domains)}
+    assert reader.tokens_seen().tolist() == [len(seen[i]) * T for i in range(3)]
     other = BatchReader(data, T, 16, seed=6)
-    assert other.next(0, weights)[0].tolist() != BatchReader(data, T, 16, seed=5).next(0, weights)[0].tolist()
+    assert other.draw(0, weights)[1].tolist() != BatchReader(data, T, 16, seed=5).draw(0, weights)[1].tolist()
 
 
 def test_draws_follow_the_weights(tiny_data):
@@ -415,21 +417,24 @@ def test_draws_follow_the_weights(tiny_data):
     reader = BatchReader(data, 64, 64, seed=1)
     for weights in ([0.2, 0.3, 0.5], [0.9, 0.05, 0.05]):  # the second acts from the very next batch on
         start = 0 if weights[0] == 0.2 else 100
-        draws = [reader.next(step, weights)[1] for step in range(start, start + 100)]
+        draws = [reader.draw(step, weights)[0] for step in range(start, start + 100)]
         assert len({tuple(d) for d in draws}) > 95  # each step has its own
         counts = np.bincount(np.concatenate(draws), minlength=3)
         assert stats.chisquare(counts, 6400 * np.array(weights)).pvalue > 1e-3
-    assert (reader.next(200, [0, 0, 1])[1] == 2).all() and (reader.next(201, [1, 0, 0])[1] == 0).all()
+    assert (reader.draw(200, [0, 0, 1])[0] == 2).all() and (reader.draw(201, [1, 0, 0])[0] == 0).all()
 
 
 def test_ranks_slices_make_the_whole(tiny_data):
     data, weights = TokenData(tiny_data), [0.2, 0.3, 0.5]
-    whole, *ranks = (BatchReader(data, 32, 12, seed=2) for _ in range(4))
+    whole = BatchReader(data, 32, 12, seed=2)
+    cut = {"processes": 3, "micro_batch": 2, "gate_samples": 6}
+    ranks = [BatchReader(data, 32, 12, seed=2, rank=i, **cut) for i in range(3)]
     for step in range(40):
-        tokens, domains = whole.next(step, weights)
-        parts = [r.next(step, weights, slice(4 * i, 4 * i + 4)) for i, r in enumerate(ranks)]
-        assert np.concatenate([p[0] for p in parts]).tolist() == tokens.tolist()
-        assert np.concatenate([p[1] for p in parts]).tolist() == domains.tolist()
+        [batch] = whole.next_batch(step, weights)
+        parts = [part for reader in ranks for part in reader.next_batch(step, weights)]
+        assert torch.equal(torch.cat([p.tokens for p in parts]), batch.tokens)
+        assert torch.equal(torch.cat([p.domain for p in parts]), batch.domain)
+        assert [p.gate_sample for p in parts] == [0, 1, 2, 3, 4, 5]
     assert all(r.state_dict() == whole.state_dict() for r in ranks)
 
 
@@ -438,14 +443,14 @@ def test_resume_is_exact_and_state_does_not_grow(tiny_data):
     one = BatchReader(data, 256, 32, seed=2)
     sizes = set()
     for step in range(100):  # several epochs
-        one.next(step, weights)
+        one.draw(step, weights)
         sizes.add(len(re.sub(r"\d+", "0", json.dumps(one.state_dict()))))
     assert len(sizes) == 1 and min(c // t for c, t in zip(one.counts, one.totals, strict=True)) >= 1
     two = BatchReader(TokenData(tiny_data), 256, 32, seed=2)
     two.load_state_dict(json.loads(json.dumps(one.state_dict())))
     for step in range(100, 130):
-        for a, b in zip(one.next(step, weights), two.next(step, weights), strict=True):
-            assert a.tolist() == b.tolist()
+        [a], [b] = one.next_batch(step, weights), two.next_batch(step, weights)
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.domain, b.domain)
     with pytest.raises(ValueError, match="animals"):
         BatchReader(TokenData(tiny_data, ["sums"]), 256, 8, seed=2).load_state_dict(one.state_dict())
 
@@ -455,13 +460,13 @@ def test_resume_is_exact_and_state_does_not_grow(tiny_data):
 )
 def test_weights_that_are_none(tiny_data, weights):
     with pytest.raises(ValueError, match="weights must be 3 numbers"):
-        BatchReader(TokenData(tiny_data), 64, 4, seed=0).next(0, weights)
+        BatchReader(TokenData(tiny_data), 64, 4, seed=0).draw(0, weights)
 
 
 def test_subset_of_domains(tiny_data):
     data = TokenData(tiny_data, ["sums", "animals"])
     assert data.domains == ["sums", "animals"]
-    tokens, domains = BatchReader(data, 64, 4, seed=0).next(0, [1, 0])
+    [(tokens, domains, _)] = BatchReader(data, 64, 4, seed=0).next_batch(0, [1, 0])
     assert (domains == 0).all() and set(tokens.ravel().tolist()) <= {*b"0123456789+=;\n", 256}
     with pytest.raises(ValueError, match="did you mean animals"):
         TokenData(tiny_data, ["animal"])

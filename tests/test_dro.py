@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy.optimize import LinearConstraint, NonlinearConstraint, minimize
 
-from dro import Mixture, chi2, dro_weights, sheared_weights, update_ratio
+import dro
+from dro import Mixture, Point, chi2, dro_weights, sheared_weights, update_ratio
+from scaling_law import ScalingLaw
 
 
 def random_case(rng):
@@ -138,7 +140,7 @@ def test_losses_that_are_not_finite_are_refused(bad):
             call()
     mixture = Mixture(["cpp", "books", "wiki"], p, "dro", [1, 1, 1])
     with pytest.raises(ValueError, match="'cpp'"):
-        mixture.update(0.5, bad, [1, 1, 1], 1.0, [2, 2, 2], 1.0)
+        update(mixture, 0.5, bad, [1, 1, 1], 1.0, [2, 2, 2], 1.0)
     with pytest.raises(ValueError):
         dro_weights([1, 1, 1], [1, 1, 1], [0.5, 0.5, 0.0])
     for wrong in ({"rho": -1}, {"rho": np.nan}, {"temperature": -1}, {"temperature": np.inf}, {"floor": 1}):
@@ -157,18 +159,39 @@ def test_sheared_as_in_the_paper_ignores_domains_below_their_reference():
 # -- a whole run ----------------------------------------------------------------------------------------------------
 
 
+def update(mixture, progress, losses, tokens, params, tokens_end, params_end, rate=1.0, rate_end=1.0):
+    """One evaluation; the laws that there are, and why there are no others."""
+    now, end = Point(np.array(tokens), params, rate), Point(np.array(tokens_end), params_end, rate_end)
+    mixture.update(progress, losses, now, end)
+    laws = [law if isinstance(law, ScalingLaw) else None for law in mixture.laws]
+    return {"laws": laws, "no_prediction": mixture.reasons()}
+
+
 def simulate(mixture, n=50, ends=(2.0, 1.5, 1.0), first=0, last=None):
     """A run of n evaluations in which domain i falls along ends[i] + T^-0.4; returns what was logged."""
     logged = []
     for k in range(first, (n if last is None else last) + 1):
         tokens = [int(1e5 * k / n) + 1] * 3
         losses = [e + (t / 1e5) ** -0.4 * 0.3 for e, t in zip(ends, tokens)]
-        record = mixture.update(k / n, losses, tokens, 1e6, [1e5] * 3, 1e6)
+        record = update(mixture, k / n, losses, tokens, 1e6, [1e5] * 3, 1e6)
         logged.append((k / n, losses, json.loads(json.dumps(mixture.state)), record))
     return logged
 
 
 P = [0.5, 0.3, 0.2]
+
+
+def test_a_schedule_of_ones_own_is_one_function(monkeypatch):
+    """And one that does not exist is an error."""
+
+    def hardest_only(mixture, progress, losses):
+        return (losses == losses.max()).astype(float)
+
+    monkeypatch.setitem(dro.SCHEDULES, "hardest", hardest_only)
+    mixture = Mixture(["a", "b", "c"], P, "hardest", [1, 1, 1])
+    assert all(s["weights"] == [1, 0, 0] for _, _, s, _ in simulate(mixture))
+    with pytest.raises(ValueError, match="schedule = 'droo' is not one of constant, sheared, dro, hardest"):
+        Mixture(["a", "b", "c"], P, "droo", [1, 1, 1])
 
 
 def test_constant_never_moves():
@@ -217,7 +240,7 @@ def test_a_wrong_early_prediction_is_forgotten_but_not_by_the_papers_rule(law):
     mixture, references = Mixture(["a", "b"], [0.5, 0.5], "dro", [1.6, 1.6], dynamic_reference=True, law=law), []
     for k in range(1, 101):
         loss = max(1.5, 2.5 - 0.05 * k)
-        mixture.update(k / 100, [loss, loss + 0.01], [1000 * k] * 2, 1e6, [1e5] * 2, 1e6)
+        update(mixture, k / 100, [loss, loss + 0.01], [1000 * k] * 2, 1e6, [1e5] * 2, 1e6)
         references.append(mixture.state["reference"][0])
     assert min(references) < 1.2
     assert references[-1] == pytest.approx(min(references) if law == "paper" else 1.5, abs=0.05)
@@ -229,14 +252,14 @@ def test_the_falling_rate_is_foreseen():
     for k in range(1, 31):
         rate = 0.5 + 0.5 * np.cos(np.pi * k / 60)
         losses = [2 + 0.2 * rate + 0.1 * k**-0.5, 1 + 0.2 * rate + 0.2 * k**-0.5]
-        mixture.update(k / 60, losses, [k, k], 1e6, [60, 60], 1e6, rate, 0.0)
+        update(mixture, k / 60, losses, [k, k], 1e6, [60, 60], 1e6, rate, 0.0)
     assert mixture.state["reference"] == pytest.approx([2 + 0.1 * 60**-0.5, 1 + 0.2 * 60**-0.5], abs=0.02)
 
 
 def test_a_domain_that_cannot_be_predicted_says_so_and_the_others_go_on():
     mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True)
     for k in range(1, 31):
-        record = mixture.update(k / 30, [2 + k**-0.5, 1 + 0.01 * k], [k, k], 1e6, [30, 30], 1e6)
+        record = update(mixture, k / 30, [2 + k**-0.5, 1 + 0.01 * k], [k, k], 1e6, [30, 30], 1e6)
     assert record["laws"][0] is not None and record["no_prediction"] == [None, "the losses do not fall"]
     assert mixture.state["reference"][1] == pytest.approx(1.01)  # the best it was seen at
 
@@ -245,7 +268,7 @@ def test_a_domain_that_is_drawn_late_is_predicted_from_its_own_tokens():
     mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True)
     for k in range(1, 41):
         late = max(0, k - 10)
-        record = mixture.update(k / 40, [2 + k**-0.5, 1 + (late or 0.5) ** -0.5], [k, late], 1e6, [40, 30], 1e6)
+        record = update(mixture, k / 40, [2 + k**-0.5, 1 + (late or 0.5) ** -0.5], [k, late], 1e6, [40, 30], 1e6)
     assert record["no_prediction"] == [None, None]
     assert record["laws"][1].predict(30) == pytest.approx(1 + 30**-0.5, abs=1e-6)
 

@@ -26,11 +26,11 @@ import json, os, sys
 sys.path.insert(0, {root!r})
 import train
 from plumbing import data
-seen, draw = [], data.BatchReader.next
-def spy(self, step, weights, rows):
-    seen.append([step, list(weights), rows.start, rows.stop])
-    return draw(self, step, weights, rows)
-data.BatchReader.next = spy
+seen, next_batch = [], data.BatchReader.next_batch
+def spy(self, step, weights):
+    seen.append([step, list(weights), self.start, self.start + self.mine])
+    return next_batch(self, step, weights)
+data.BatchReader.next_batch = spy
 train.main()
 json.dump(seen, open({out!r} + "/rank" + os.environ["RANK"] + ".json", "w"))
 """
@@ -154,7 +154,7 @@ def ranks():
     def be(rank, n):
         parallel.stop()
         dist.init_process_group("fake", rank=rank, world_size=n, store=FakeStore())
-        return parallel.make_mesh(torch.device("cpu"))
+        return parallel.sharding("fsdp", "float32", torch.device("cpu"))["mesh"]
 
     yield be
     parallel.stop()
@@ -184,7 +184,8 @@ from plumbing import parallel
 from model import read_config
 from pathlib import Path
 dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-mesh, config = parallel.make_mesh(torch.device("cpu")), read_config(Path({model!r}))
+config = read_config(Path({model!r}))
+mesh = parallel.sharding("fsdp", "float32", torch.device("cpu"))["mesh"]
 parallel.make_model(config.__class__(257, 1, 32, 2, 2, 16, 32, 64), 0, torch.device("cpu"), mesh)  # what is loaded once
 def rss(): return int(next(l for l in open("/proc/self/status") if l.startswith({what!r})).split()[1]) * 1024
 before = int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -206,32 +207,35 @@ def test_no_process_ever_holds_the_whole_model(tmp_path):
 # -- the step -------------------------------------------------------------------------------------------------------
 
 
-def fake_step(s, break_it=None):
-    """Two steps of a pruning run on fake tensors, from which no value can be read."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        config = LlamaConfig(257, 3, 32, 4, 4, 8, 48, 64)
-        trainer = train.Trainer(
-            s, parallel.make_model(config, None, torch.device("cpu")), train.make_masks(s, config), 3
-        )
-        if break_it:
-            break_it(trainer)
-        for step in range(2):
-            trainer.step(step, torch.zeros(4, 65, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
-        return trainer
+def two_steps(s, break_it=None) -> list:
+    """Two steps of the training loop on fake tensors, from which no value can be read; the trainer is at the end."""
+    trainers = []
+
+    class Shapes(cost.Rehearsal):
+        def watch(self, trainer):
+            trainers.append(trainer)
+            super().watch(trainer)
+            if break_it:
+                break_it(trainer)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(cost.Enough):
+        train.rehearse(s, LlamaConfig(257, 3, 32, 4, 4, 8, 48, 64), Shapes(s, s.batch_size, keeps_gradients=False))
+    return trainers
 
 
 def test_a_step_reads_nothing_from_the_device():
-    s = load(train.Settings, [*SHAPE, "--init_from=x", "--gate_samples=2", *TARGET])
-    trainer = fake_step(s)
+    quiet = ["--micro_batch=2", "--log_interval=100", "--eval_interval=100", "--save_interval=100"]
+    s = load(train.Settings, [*SHAPE, "--init_from=x", "--gate_samples=2", *TARGET, *quiet])
+    [trainer] = two_steps(s)
     with pytest.raises(Exception, match="local_scalar_dense"):  # the log line does, and is the place for it
-        trainer.check(["a", "b", "c"])
+        trainer.meter.check(["a", "b", "c"])
 
     def read_the_norm(trainer):
         clamp = trainer.masks.clamp_
-        trainer.masks.clamp_ = lambda: (clamp(), trainer.norm.item())
+        trainer.masks.clamp_ = lambda: (clamp(), trainer.meter.norm.item())
 
     with pytest.raises(Exception, match="local_scalar_dense"):
-        fake_step(s, read_the_norm)
+        two_steps(s, read_the_norm)
 
 
 def test_checkpointed_layers_compute_the_same():
@@ -254,18 +258,26 @@ import torch
 import train
 from plumbing import cost, parallel
 from plumbing.command_line import load
+from plumbing.log import host_memory
 torch.set_num_threads(1)
 s = load(train.Settings, sys.argv[1:])
-def steps(s, n):
-    model = parallel.make_model(s.shape(257), 0, torch.device("cpu"), checkpoint_layers=s.activation_checkpointing)
-    trainer = train.Trainer(s, model, None, 1)
-    for i in range(n):
-        trainer.step(i, torch.zeros(s.batch_size, s.seq_len + 1, dtype=torch.int64), torch.zeros(s.batch_size).long())
-steps(dataclasses.replace(s, n_layer=1, d_model=32, n_head=2, d_ffn=32), 1)  # what is loaded once
-predicted = cost.memory(s, s.shape(257), train.make_masks, train.Trainer)["all"]
+class Batches(cost.Rehearsal):
+    # real tensors, and nothing is tracked
+    def next_batch(self, step, weights):
+        if step == 3:
+            raise cost.Enough
+        return self
+def steps(s):
+    batches = Batches(s, s.batch_size, keeps_gradients=False)
+    try:
+        train.rehearse(s, s.shape_from_scratch(257), batches)
+    except cost.Enough:
+        return batches  # the trainer is still there
+steps(dataclasses.replace(s, n_layer=1, d_model=32, n_head=2, d_ffn=32))  # what is loaded once
+predicted = cost.memory(s, s.shape_from_scratch(257), train.rehearse)["all"]
 before = int(open("/proc/self/statm").read().split()[1]) * 4096
-steps(s, 3)
-print(predicted / (train.host_memory() - before))
+kept = steps(s)
+print(predicted / (host_memory() - before))
 """
 
 
@@ -282,10 +294,10 @@ def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
     """Two ranks of a small Llama: weights and AdamW's state are half of 4 and 8 bytes per parameter."""
     args = "--n_layer=4 --d_model=256 --n_head=4 --d_ffn=688 --parallel=fsdp --dtype=bfloat16".split()
     s = load(train.Settings, [*SHAPE, *args])
-    config, need = s.shape(257), {}
+    config, need = s.shape_from_scratch(257), {}
     for n in (1, 2):
         s = load(train.Settings, [*SHAPE, *args, f"--world_size={n}"])
-        need[n] = cost.memory(s, config, train.make_masks, train.Trainer)
+        need[n] = cost.memory(s, config, train.rehearse)
         assert need[n]["weights"] == pytest.approx(4 * config.n_params() / n, rel=0.01)
         assert need[n]["optimizer"] == pytest.approx(8 * config.n_params() / n, rel=0.01)
         assert need[n]["all"] == pytest.approx(sum(need[n][kind] for kind in cost.ROWS))
@@ -298,9 +310,9 @@ def test_dry_run_of_ddp_knows_that_buckets_stay():
     """A process alone frees its gradients after the step, before activations are at their most; DDP's does not."""
     args = "--n_layer=4 --d_model=512 --n_head=4 --d_ffn=1376 --batch_size=8 --seq_len=64".split()
     s = load(train.Settings, [*SHAPE, *args])
-    alone = cost.memory(s, s.shape(257), train.make_masks, train.Trainer)["all"]
+    alone = cost.memory(s, s.shape_from_scratch(257), train.rehearse)["all"]
     s = load(train.Settings, [*SHAPE, *args, "--batch_size=16", "--world_size=2"])
-    assert cost.memory(s, s.shape(257), train.make_masks, train.Trainer)["all"] > 1.1 * alone
+    assert cost.memory(s, s.shape_from_scratch(257), train.rehearse)["all"] > 1.1 * alone
 
 
 def test_dry_run_refuses_what_does_not_fit_and_says_what_would(monkeypatch, capsys):

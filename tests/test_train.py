@@ -21,10 +21,10 @@ import train
 from eval import domain_losses
 from masks import PruningMasks
 from model import Llama, LlamaConfig
-from plumbing.checkpoint import load_model
 from plumbing.command_line import fields, load
 from plumbing.data import BatchReader, TokenData
-from train import Settings
+from plumbing.models import load_model
+from plumbing.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,8 +174,7 @@ def test_three_steps_of_pruning_by_hand(chain, tiny_data, tmp_path, monkeypatch)
         for group, rate in zip([*down.param_groups, *up.param_groups], (3e-3, 1.0, 0.1)):
             group["lr"] = rate * scale
         assert lines[step]["lr"] == pytest.approx(3e-3 * scale)
-        tokens, domain = reader.next(step, np.array([evals[step]["weights"][d] for d in data.domains]))
-        tokens = torch.from_numpy(tokens)
+        [(tokens, domain, _)] = reader.next_batch(step, np.array([evals[step]["weights"][d] for d in data.domains]))
         for d in domain:
             drawn[data.domains[d]] += 64
         assert evals[step + 1]["domain_tokens"] == drawn
@@ -211,7 +210,7 @@ def test_the_gates_know_nothing_of_the_batch(tiny_data):
     masks = PruningMasks(LlamaConfig(257, 8, 16, 2, 2, 8, 16, 16), LlamaConfig(257, 4, 16, 2, 2, 8, 16, 16), 10, 0.0)
     domains, layers = [], []
     for step in range(400):
-        domains.append(reader.next(step, weights)[1])
+        domains.append(reader.draw(step, weights)[0])
         layers.append([masks.sample(0, step, i).layer.detach().numpy() for i in range(2)])
     domains, layers = np.array(domains, float), np.array(layers)  # (400, 8), (400, 2, 8)
     for i in range(2):
@@ -295,7 +294,8 @@ MISTAKES = {
     "misspelt key": (["--stesp=3"], "unknown setting 'stesp', did you mean 'steps'?"),
     "wrong type": (["--steps=many"], "--steps: steps: only literals"),
     "float for int": (["--steps=1.5"], "1.5 is a number, a whole number is needed"),
-    "no value": (["--compile"], "a value is needed, as in --compile=VALUE"),
+    "no value": (["--lr"], "argument --lr: expected one argument"),
+    "no switch": (["--lr", "--compile"], "argument --lr: expected one argument"),
     "unknown choice": (["--schedule=droo"], "'droo' is not one of 'constant', 'sheared', 'dro'"),
     "two at once": (["--steps=0", "--floor=2.0"], "steps = 0 must be at least 1; floor = 2.0 must be 0 to 0.999"),
     "negative seed": (["--seed=-1"], "seed = -1 must be at least 0"),
@@ -414,8 +414,11 @@ def test_help_names_every_setting_with_its_meaning(capsys):
     with pytest.raises(SystemExit):
         load(Settings, ["--help"])
     text = capsys.readouterr().out
-    for name, (_, default, doc) in fields(Settings).items():
-        assert re.search(rf"--{name}={re.escape(repr(default))}\s+{re.escape(doc)}", text)
+    text = " ".join(text.split())
+    for name, setting in fields(Settings).items():
+        assert f"--{name} {setting.default!r} {setting.doc}" in text
+    for group in {setting.group for setting in fields(Settings).values()} - {None}:
+        assert f" {group}: --" in text
 
 
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "config").glob("*.py")))

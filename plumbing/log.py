@@ -1,0 +1,285 @@
+"""What a run says: the lines of metrics.jsonl and timings.jsonl, and what it prints. docs/metrics.md explains each key.
+
+What is measured stays on the device until a line is due, so that no step waits for it.
+"""
+
+import math
+import re
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dro import Mixture, Point
+from masks import PruningMasks
+from model import Gates, LlamaConfig
+from plumbing import cost, parallel
+from plumbing.data import TokenData
+from plumbing.run import Run
+from plumbing.settings import Settings
+
+GATE_BINS = 32  # hidden and ffn gates are logged as means over at most this many bins
+
+
+class Meter:
+    """What the steps since the last log line measured, on the device."""
+
+    def __init__(self, n_domains: int, device: torch.device):
+        # of this process's sequences: sum of cross entropies and number of tokens of each domain
+        self.sums = torch.zeros(2, n_domains, dtype=torch.float64, device=device)
+        self.constraint, self.stats, self.norm = torch.zeros(()), {}, torch.zeros(())
+        self.bad_step = torch.full((), -1.0, device=device)  # the first step whose gradient is not finite
+
+    def add(self, domain: Tensor, nll: Tensor) -> None:
+        """Count the cross entropies (b, T) of a micro-batch, whose domains are (b,)."""
+        tokens = torch.full_like(domain, nll.shape[1], dtype=torch.float64)
+        self.sums.index_add_(1, domain, torch.stack((nll.detach().sum(1, dtype=torch.float64), tokens)))
+
+    def gradient(self, step: int, norm: Tensor) -> Tensor:
+        """Keep the norm of a step's gradients. Returns what AdamW reads as `found_inf`: 1 from the first step on whose
+        norm is not finite, so that neither that step nor a later one changes anything."""
+        self.norm = norm
+        self.bad_step = torch.where((self.bad_step < 0) & ~norm.isfinite(), float(step), self.bad_step)
+        return (self.bad_step >= 0).float()
+
+    def totals(self) -> Tensor:
+        """`sums` of all processes."""
+        return parallel.sum_(self.sums.clone())
+
+    def check(self, domains: list[str]) -> None:
+        """End the run if a gradient was not finite."""
+        if (step := int(self.bad_step)) >= 0:
+            sums = self.totals()[0].tolist()
+            bad = [d for d, x in zip(domains, sums) if not math.isfinite(x)]
+            where = f"cross entropy of domain {', '.join(bad)}" if bad else "constraint or gradient"
+            give_up(f"step {step}: the {where} is not finite; nothing was updated")
+
+
+class Clock:
+    """Seconds of a run: all, those before it was stopped included, and those of training since the last line."""
+
+    def __init__(self, step: int = 0, seconds: float = 0.0):
+        self.first_step = self.last_step = step
+        self.before, self.started, self.since = seconds, time.time(), time.time()
+
+    def total(self) -> float:
+        """Seconds since the run was begun, without those in which it did not run."""
+        return self.before + time.time() - self.started
+
+    @contextmanager
+    def paused(self):
+        """Time spent inside is no training."""
+        start = time.time()
+        yield
+        self.since += time.time() - start
+
+    def lap(self, step: int, steps: int) -> tuple[float, float]:
+        """(steps per second of training since the last lap, seconds that are left of the run)."""
+        now = time.time()
+        speed = (step - self.last_step) / (now - self.since)
+        left = (steps - step) * (now - self.started) / (step - self.first_step)
+        self.since, self.last_step = now, step
+        return speed, left
+
+
+class Log:
+    """Writes and prints what a run measures. `shape` is that of the model that is trained."""
+
+    def __init__(self, s: Settings, run: Run, data: TokenData, shape: LlamaConfig, device: torch.device):
+        self.s, self.run, self.data, self.shape, self.device = s, run, data, shape, device
+        self.clock = Clock()
+        self.tokens_per_step = s.batch_size * s.seq_len
+
+    def settings(self, mixture: Mixture) -> None:
+        """Print all settings, and notes on those that may not do what is expected of them."""
+        s, window = self.s, self.data.meta["window"]
+        for key, value in asdict(s).items():
+            say(f"{key} = {value!r}")
+        if s.seq_len > window:
+            say(
+                f"note: a validation sequence of {s.seq_len} tokens is made of unrelated pieces of {window}; "
+                f"prepare_data.py --window {s.seq_len} makes them whole"
+            )
+        if s.schedule == "dro" and s.dynamic_ratio and np.ptp(mixture.initial) == 0:
+            say("note: with equal shares in `ratio` its bounds leave dynamic_ratio no room (section 3.3)")
+
+    def begin(self, target: LlamaConfig | None) -> None:
+        """The first line: what kind of run this is."""
+        s = self.s
+        self.run.log(
+            type="run",
+            name=Path(s.out).name,
+            stage=s.stage,
+            steps=s.steps,
+            tokens_per_step=self.tokens_per_step,
+            domains=self.data.domains,
+            schedule=s.schedule,
+            dynamic_reference=s.dynamic_reference,
+            dynamic_ratio=s.dynamic_ratio,
+            source=self.shape.shape,
+            target=target.shape if target else None,
+            parameters=self.shape.n_params(),
+        )
+
+    def training(self, step: int, meter: Meter, lr: float, weights: np.ndarray) -> None:
+        """The line of the steps since the last one. Here the device is waited for."""
+        meter.check(self.data.domains)
+        sums, counts = meter.totals()
+        meter.sums.zero_()
+        means = (sums / counts).tolist()
+        loss = (sums.sum() / counts.sum()).item()
+        constraint = {"constraint": meter.constraint.item(), **by_name(meter.stats)} if meter.stats else {}
+        self.run.log(
+            type="train",
+            step=step,
+            tokens=step * self.tokens_per_step,
+            loss=loss,
+            lr=lr,
+            grad_norm=meter.norm.item(),
+            weights=self._by_domain(weights),
+            domain_loss=self._by_domain([m if math.isfinite(m) else None for m in means]),
+            **constraint,
+        )
+        text = f"step {step}/{self.s.steps}  loss {loss:.4f}"
+        if constraint:
+            target = constraint["target_sparsity"]
+            sparsity = " ".join(f"{g} {x:.3f}/{target[g]:.3f}" for g, x in constraint["sparsity"].items())
+            text += f"  constraint {constraint['constraint']:+.4f}  sparsity {sparsity}"
+        say(f"{text}  lr {lr:.2e}  {self._timing(step)}")
+
+    def _timing(self, step: int) -> str:
+        """A line of timings.jsonl, which holds what another run of the same settings would not repeat; and its text."""
+        device = self.device
+        steps_per_second, left = self.clock.lap(step, self.s.steps)
+        speed = steps_per_second * self.tokens_per_step
+        flops = self.shape.flops_per_token(self.s.seq_len) * speed / parallel.size()
+        peak = cost.peak_flops(device, self.s.dtype)
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_memory()
+        self.run.time(
+            step=step,
+            seconds=round(self.clock.total(), 3),
+            tokens_per_second=round(speed, 1),
+            mfu=round(flops / peak, 4) if peak else None,
+            peak_memory=memory,
+        )
+        utilisation = f"  MFU {flops / peak:.1%}" if peak else ""
+        return f"{speed:,.0f} tokens/s{utilisation}  {memory / 1e9:.1f} GB  {clock_face(left)} left"
+
+    def evaluation(
+        self,
+        step: int,
+        losses: dict,
+        course: list[Point],
+        mixture: Mixture,
+        masks: PruningMasks | None,
+        z: Gates | None,
+    ) -> None:
+        """The line of an evaluation. course: where the run is, some points on its way, and where it will end."""
+        now, end = course[0], course[-1]
+        gates = {}
+        if masks:
+            gates = {"gates": gate_picture(z), "sparsity": by_name(masks.lagrangian(step)[1])["sparsity"]}
+        self.run.log(
+            type="eval",
+            step=step,
+            tokens=step * self.tokens_per_step,
+            domain_tokens=self._by_domain(now.tokens),
+            parameters=now.params,
+            loss=losses,
+            bits_per_byte=self.data.bits_per_byte(losses, "val"),
+            reference=self._by_domain(mixture.state["reference"]),
+            prediction=self._by_domain(mixture.predictions(end)),
+            no_prediction=self._by_domain(mixture.reasons()),
+            curve=self._curve(step, course, mixture),
+            ratio=self._by_domain(mixture.state["ratio"]),
+            weights=self._by_domain(mixture.weights),
+            **gates,
+        )
+        say(
+            f"step {step}: validation loss {np.mean(list(losses.values())):.4f}  "
+            + "  ".join(f"{d} {loss:.3f}" for d, loss in losses.items())
+        )
+        say("    domain weights: " + "  ".join(f"{d} {w:.3f}" for d, w in zip(self.data.domains, mixture.weights)))
+
+    def _curve(self, step: int, course: list[Point], mixture: Mixture) -> dict | None:
+        """The predicted loss of each domain on the way to the end; None before there is a law."""
+        lines = [mixture.predictions(point) for point in course]
+        if all(loss is None for loss in lines[0]):
+            return None
+        steps = step + np.linspace(0, 1, len(course)) * (self.s.steps - step)
+        by_domain = [None if None in line else list(line) for line in zip(*lines)]
+        return {"step": steps.tolist(), "loss": dict(zip(self.data.domains, by_domain))}
+
+    def end(self, losses: dict, model: LlamaConfig, z: Gates | None) -> None:
+        """The last line: what the finished model is, measured as it was written."""
+        self.run.log(
+            type="end",
+            step=self.s.steps,
+            loss=losses,
+            bits_per_byte=self.data.bits_per_byte(losses, "val"),
+            parameters=model.n_params(),
+            gates=None if z is None else gate_picture(z),
+        )
+        mean = np.mean(list(losses.values()))
+        say(f"{self.run.path / 'model'}: {model.n_params():,} parameters, validation loss {mean:.4f}")
+
+    def _by_domain(self, values) -> dict:
+        """Domain -> plain Python value."""
+        if values is None:
+            return dict.fromkeys(self.data.domains)
+        plain = (v if v is None or isinstance(v, str) else np.asarray(v).item() for v in values)
+        return dict(zip(self.data.domains, plain))
+
+
+def by_name(stats: dict) -> dict:
+    """granularity -> {name: tensor}, as `lagrangian` gives it, to name -> {granularity: number}."""
+    names = next(iter(stats.values()))
+    return {name: {g: float(values[name]) for g, values in stats.items()} for name in names}
+
+
+def gate_picture(z: Gates) -> dict:
+    """Gates as lists; hidden and ffn as means over at most GATE_BINS bins."""
+
+    def bins(x):
+        parts = x.float().tensor_split(min(GATE_BINS, x.shape[-1]), dim=-1)
+        return torch.stack([part.mean(-1) for part in parts], -1)
+
+    picture = {}
+    for name, x in zip(z._fields, z):
+        if x is not None:
+            x = (bins(x) if name in ("hidden", "ffn") else x).detach().cpu().tolist()
+        picture[name] = x
+    return picture
+
+
+def say(text: str) -> None:
+    """Print, in one process."""
+    if parallel.is_first():
+        print(text, flush=True)
+
+
+def give_up(text: str) -> None:
+    """End all processes, which are all here; one of them says why."""
+    sys.exit(f"train.py: {text}" if parallel.is_first() else 1)
+
+
+def host_memory() -> int:
+    """Most bytes that this process has had in memory so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's getrusage would count what the process that started this one had, too
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def clock_face(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,102 @@
+"""What a path that is given as a model holds, and what stands beside the weights.
+
+    a model directory       config.json and model.safetensors in Hugging Face's format
+    a run                   its finished model/, or else its newest checkpoint
+    a checkpoint            out/RUN/checkpoints/step_N; that of a pruning run is cut out at its target shape
+
+Beside a model that train.py wrote stand pruning.json, which says what was kept, and trained_with.json, which says which
+tokenizer its text was prepared with.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from masks import PruningMasks, extract
+from model import Llama, LlamaConfig
+from plumbing.checkpoint import read_tensors
+from plumbing.data import TokenData
+from plumbing.run import newest_checkpoint
+from plumbing.tokenizer import fingerprint, load_tokenizer
+
+TOKENIZER_FILES = (  # what `transformers` may write beside the weights
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+PRUNING, TRAINED_WITH = "pruning.json", "trained_with.json"
+
+
+def model_directory(path: str | Path) -> Path | None:
+    """The directory in Hugging Face's format that `path` is, or that the finished run `path` holds; None otherwise."""
+    path = Path(path)
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
+        return path
+    return None
+
+
+def directory_of(model: str) -> Path:
+    """The directory in Hugging Face's format of a model or a finished run. ValueError if there is none."""
+    directory = model_directory(model)
+    if directory is None:
+        there = Path(model).is_dir()
+        what = "this run is not finished, run it to its end first" if there else "no such model or run"
+        raise ValueError(f"{model}: {what}")
+    return directory
+
+
+def load_model(path: str | Path) -> Llama:
+    """The model of a run, of one of its checkpoints, or of a model directory, in float32; ValueError if none."""
+    path = Path(path)
+    if (directory := model_directory(path)) is not None:
+        return Llama.from_pretrained(directory)
+    checkpoint = path if (path / "state.json").is_file() else newest_checkpoint(path)
+    if checkpoint is None:
+        what = "has no model and no checkpoint yet" if path.is_dir() else "no such model, run or checkpoint"
+        raise ValueError(f"{path}: {what}")
+    state = json.loads((checkpoint / "state.json").read_text())
+    source, target = LlamaConfig(**state["source"]), state["target"]
+    tree = nn.ModuleDict({"model": Llama(source)})
+    if target is not None:
+        tree["masks"] = PruningMasks(source, LlamaConfig(**target), 0)
+    weights = tree.state_dict()
+    read_tensors({"weights": weights}, checkpoint)
+    tree.load_state_dict(weights)
+    return tree["model"] if target is None else extract(tree["model"], tree["masks"])
+
+
+def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> None:
+    """ValueError unless the model can read the data: a vocabulary as large, and its own tokenizer if that is known."""
+    if config.vocab_size < data.vocab_size:
+        raise ValueError(
+            f"{path}: its vocabulary has {config.vocab_size} tokens, {data.path} needs {data.vocab_size} "
+            f"({data.tokenizer}): prepare the text with the model's own tokenizer"
+        )
+    directory, own, its = model_directory(path), None, None
+    if directory is not None and (directory / TRAINED_WITH).is_file():
+        trained_with = json.loads((directory / TRAINED_WITH).read_text())
+        own, its = trained_with["tokenizer"], trained_with["fingerprint"]
+    elif directory is not None and any((directory / x).is_file() for x in ("tokenizer.json", "tokenizer.model")):
+        own, its = directory, fingerprint(load_tokenizer(str(directory)))
+    if its not in (None, data.fingerprint):
+        raise ValueError(
+            f"{path}: its tokenizer is not the one {data.path} was prepared with ({data.tokenizer}): "
+            f"prepare the text with --tokenizer {own}"
+        )
+
+
+def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None, data: TokenData) -> None:
+    """Write a model directory, with pruning.json (which indices were kept), the tokenizer files of `origin`, and which
+    tokenizer the text was prepared with."""
+    shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(path)
+    trained_with = {"tokenizer": data.tokenizer, "fingerprint": data.fingerprint}
+    (path / TRAINED_WITH).write_text(json.dumps(trained_with))
+    if kept is not None:
+        (path / PRUNING).write_text(json.dumps(kept))
+    for name in TOKENIZER_FILES:
+        if origin is not None and (origin / name).is_file():
+            shutil.copy(origin / name, path)

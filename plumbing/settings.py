@@ -1,0 +1,280 @@
+"""The settings of a run: what they are, what they may be, and the model shapes that follow from them.
+
+    python train.py --help
+
+A field is `Annotated[type, "what it means", ...]`, with its limits beside it. `Free` marks what may change when a run
+goes on. The kind of run follows from two of them: without `init_from` the model is made from scratch (pretrain); a
+target shape means pruning; else a model is trained on (continue).
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+from dro import MORE_POINTS_THAN, SCHEDULES
+from model import LlamaConfig
+from plumbing.command_line import Free, Group, Limits, fields, out_of_limits
+
+POSITIVE, NOT_NEGATIVE, SHARE = Limits(1), Limits(0), Limits(0, 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """python train.py [config/FILE.py ...] [--key=value ...]
+    One loop for all three stages: pretrain a source model, prune it, continue the training of the small model."""
+
+    data: Annotated[str, Group("files"), "data set that prepare_data.py has made"] = "data/demo"
+    domains: Annotated[list, "the domains to use; [] means all"] = field(default_factory=list)
+    out: Annotated[str, Free, "directory of this run"] = "out/run"
+    resume: Annotated[
+        str,
+        Free,
+        "auto: go on from the newest checkpoint in `out`. never: refuse if there is one. Or the path of another run or "
+        "checkpoint: go on from there, in `out`",
+    ] = "auto"
+    save_interval: Annotated[int, Free, POSITIVE, "steps between checkpoints"] = 200
+    keep_checkpoints: Annotated[int, Free, POSITIVE, "number of checkpoints to keep; older ones are removed"] = 2
+    stop_at: Annotated[int, Free, NOT_NEGATIVE, "save and stop after this step; 0 means to train to the end"] = 0
+
+    init_from: Annotated[
+        str, Group("model"), "model directory or run to start from; '' means from scratch with the shape below"
+    ] = ""
+    n_layer: Annotated[int, POSITIVE, "layers"] = 6
+    d_model: Annotated[int, POSITIVE, "hidden dimensions"] = 128
+    n_head: Annotated[int, POSITIVE, "query heads"] = 4
+    n_kv_head: Annotated[int, NOT_NEGATIVE, "key/value heads; 0 means n_head"] = 0
+    head_dim: Annotated[int, NOT_NEGATIVE, "dimensions of a head; 0 means d_model / n_head"] = 0
+    d_ffn: Annotated[int, POSITIVE, "feed-forward dimensions"] = 344
+    tie_embeddings: Annotated[bool, "input and output share one embedding"] = False
+
+    target_n_layer: Annotated[int, Group("pruning"), NOT_NEGATIVE, "layers to keep; 0 means all"] = 0
+    target_d_model: Annotated[
+        int, NOT_NEGATIVE, "hidden dimensions to keep; 0 means all; a multiple of target_n_head"
+    ] = 0
+    target_n_head: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "query heads to keep in each layer; 0 means all; heads that share keys and values go together",
+    ] = 0
+    target_d_ffn: Annotated[int, NOT_NEGATIVE, "feed-forward dimensions to keep in each layer; 0 means all"] = 0
+    gates: Annotated[
+        str,
+        "learned: gates are trained with the weights. Other choices are made first, and the small model is cut out "
+        "before the training: random, magnitude (of the weights), or the path of a pruning.json",
+    ] = "learned"
+    gate_samples: Annotated[
+        int, POSITIVE, "number of times that the gates are drawn in a step, each time for an equal part of the batch"
+    ] = 1
+    sparsity_warmup: Annotated[int, NOT_NEGATIVE, "steps in which the target sparsity rises from 0"] = 640
+    gate_lr: Annotated[float, NOT_NEGATIVE, "peak learning rate of log_alpha"] = 1.0
+    multiplier_lr: Annotated[float, NOT_NEGATIVE, "peak learning rate of lambda and phi"] = 1.0
+    log_alpha: Annotated[float, "initial log_alpha of every gate, clamped to ±4.605"] = math.log(100)
+    phi: Annotated[float, NOT_NEGATIVE, "initial phi of every granularity"] = 0.0
+
+    steps: Annotated[int, Group("optimization"), POSITIVE, "optimizer steps"] = 1000
+    batch_size: Annotated[int, POSITIVE, "sequences in a step, over all processes"] = 8
+    micro_batch: Annotated[
+        int, Free, NOT_NEGATIVE, "sequences that a process computes at once; 0 means as many as it can"
+    ] = 0
+    seq_len: Annotated[int, POSITIVE, "tokens in a sequence"] = 256
+    lr: Annotated[float, NOT_NEGATIVE, "peak learning rate of the weights; all rates share one warm-up and cosine"] = (
+        1e-4
+    )
+    min_lr: Annotated[float, SHARE, "final learning rates, as a share of the peak"] = 0.1
+    warmup: Annotated[int, NOT_NEGATIVE, "steps of linear learning-rate warm-up"] = 0
+    beta1: Annotated[float, Limits(0, 0.999), "AdamW's decay of the mean of gradients"] = 0.9
+    beta2: Annotated[float, Limits(0, 0.999), "AdamW's decay of the mean of squared gradients"] = 0.95
+    eps: Annotated[float, NOT_NEGATIVE, "AdamW's epsilon"] = 1e-8
+    weight_decay: Annotated[float, NOT_NEGATIVE, "AdamW's weight decay, of the weights only"] = 0.0
+    grad_clip: Annotated[float, NOT_NEGATIVE, "largest norm of all gradients together; 0 means no clipping"] = 1.0
+
+    ratio: Annotated[dict, Group("domains"), "initial share of each domain; {} means by its number of tokens"] = field(
+        default_factory=dict
+    )
+    schedule: Annotated[
+        Literal[tuple(SCHEDULES)],
+        "how evaluations move the domain weights: not at all, by Sheared LLaMA's rule, or by robust optimisation",
+    ] = "constant"
+    dynamic_reference: Annotated[
+        bool, "the reference loss comes from the scaling law's prediction (section 3.2); for dro and sheared"
+    ] = False
+    dynamic_ratio: Annotated[bool, "the reference ratio follows the weights (section 3.3); for dro"] = False
+    law: Annotated[
+        Literal["rate", "paper"],
+        "what predicts: eq. 4 with a learning-rate term, fitted to all domains together, or eq. 4 alone",
+    ] = "rate"
+    reference_losses: Annotated[dict, "first reference loss of each domain, in nats per token"] = field(
+        default_factory=dict
+    )
+    reference_model: Annotated[
+        str, "model whose validation losses are the first reference losses; '' means that there is none"
+    ] = ""
+    rho: Annotated[float, NOT_NEGATIVE, "radius of the robust set (eq. 5)"] = 0.1
+    floor: Annotated[
+        float, Limits(0, 0.999), "least weight of a domain, as a share of its reference ratio, before normalisation"
+    ] = 0.2
+    temperature: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "for every so many nats of excess, a domain's weight grows by its reference share at most; 0, the paper's, "
+        "sets no limit",
+    ] = 0.0
+    delta: Annotated[float, SHARE, "how fast the reference ratio follows the weights"] = 0.1
+    bound: Annotated[
+        float, POSITIVE, "the reference ratio stays within 1/bound and bound times the initial one, domain by domain"
+    ] = 2.0
+    step_size: Annotated[float, NOT_NEGATIVE, "step size of the sheared schedule"] = 1.0
+    clip_excess: Annotated[bool, "sheared: a loss below its reference counts as equal to it, as in its paper"] = False
+    eval_interval: Annotated[int, POSITIVE, "steps between evaluations"] = 50
+    eval_sequences: Annotated[int, POSITIVE, "validation sequences of each domain"] = 16
+
+    seed: Annotated[int, Group("machine"), NOT_NEGATIVE, "seed of initial weights, gates and data order"] = 0
+    device: Annotated[str, Free, "cpu, cuda, cuda:1, ...; auto means cuda if there is one"] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        "what matrix products are computed in (with fsdp: all but the loss); weights stay float32",
+    ] = "float32"
+    parallel: Annotated[
+        Literal["ddp", "fsdp"], Free, "with several processes each holds the whole model (ddp) or a shard of it (fsdp)"
+    ] = "ddp"
+    shard_gradients: Annotated[
+        bool, Free, "fsdp: average gradients after every micro-batch, which needs less memory and more traffic"
+    ] = False
+    activation_checkpointing: Annotated[
+        bool, Free, "compute each layer again in the backward pass, which needs less memory and more time"
+    ] = False
+    compile: Annotated[bool, Free, "compile each layer with torch.compile"] = False
+    threads: Annotated[int, Free, NOT_NEGATIVE, "CPU threads; 0 means torch's choice"] = 0
+    log_interval: Annotated[int, Free, POSITIVE, "steps between log lines"] = 10
+
+    dry_run: Annotated[
+        bool, Free, Group("dry run"), "print what the run would need: two steps run on shapes, and nothing is written"
+    ] = False
+    world_size: Annotated[int, Free, POSITIVE, "number of GPUs of the dry run"] = 1
+    gpu: Annotated[str, Free, "GPU of the dry run: h200, h100, a100, a100-40gb, or a memory size such as 24GB"] = "h100"
+    utilisation: Annotated[
+        float, Free, Limits(0.01, 1), "share of the GPU's peak that the dry run assumes is reached"
+    ] = 0.4
+
+    def __post_init__(self):
+        wrong = out_of_limits(self)
+        for name in ("ratio", "reference_losses"):
+            values = getattr(self, name).values()
+            if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
+                wrong.append(f"{name} = {getattr(self, name)} must have a number above 0 for each domain")
+        if not self.out:
+            wrong.append("out is empty")
+        if self.reference_losses and self.reference_model:
+            wrong.append("reference_losses and reference_model are both set, one of them must be empty")
+        if self.batch_size % self.gate_samples:
+            wrong.append(f"batch_size = {self.batch_size} must be a multiple of gate_samples = {self.gate_samples}")
+        wrong += self._wrong_schedule() + self._wrong_pruning()
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    def _wrong_schedule(self) -> list[str]:
+        given = self.reference_losses or self.reference_model
+        if self.schedule == "constant" or given:
+            return []
+        if not self.dynamic_reference:
+            return [f"schedule = '{self.schedule}' needs references: set reference_model or reference_losses"]
+        if self.steps <= self.eval_interval * (MORE_POINTS_THAN + 1):
+            return [
+                f"eval_interval = {self.eval_interval} must be below steps / {MORE_POINTS_THAN + 1}: with no "
+                f"references given, the domain weights move only after more than {MORE_POINTS_THAN} evaluations"
+            ]
+        return []
+
+    def _wrong_pruning(self) -> list[str]:
+        if not self.is_pruning:
+            return [] if self.gates == "learned" else [f"gates = '{self.gates}' needs a target shape"]
+        wrong = []
+        if not self.init_from:
+            wrong.append("a target shape needs a model to prune: set init_from")
+        if self.gates == "learned" and self.sparsity_warmup >= self.steps:
+            wrong.append(
+                f"sparsity_warmup = {self.sparsity_warmup} must be below steps = {self.steps}: only after "
+                "it is the target sparsity reached"
+            )
+        return wrong
+
+    @property
+    def is_pruning(self) -> bool:
+        """Whether a target shape is set."""
+        return any((self.target_n_layer, self.target_d_model, self.target_n_head, self.target_d_ffn))
+
+    @property
+    def learns_gates(self) -> bool:
+        """Whether the run trains gates: it prunes, and the choice is not made before the training."""
+        return self.is_pruning and self.gates == "learned"
+
+    @property
+    def stage(self) -> str:
+        """pretrain, prune or continue, as the settings imply."""
+        if self.is_pruning:
+            return "prune"
+        return "continue" if self.init_from else "pretrain"
+
+    def split_batch(self, processes: int) -> tuple[int, int]:
+        """(sequences of a step for each process, sequences in a micro-batch); the gates are the same for all sequences
+        of a micro-batch. ValueError where the numbers do not divide."""
+        if self.batch_size % processes:
+            raise ValueError(f"batch_size = {self.batch_size} must be a multiple of the {processes} processes")
+        mine = largest = self.batch_size // processes
+        if self.learns_gates:
+            largest = math.gcd(mine, self.batch_size // self.gate_samples)
+        if self.micro_batch and largest % self.micro_batch:
+            users = f"{processes} processes"
+            if largest < mine:
+                users += f" and {self.gate_samples} gate samples"
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} must divide {largest}: batch_size = {self.batch_size} is for {users}"
+            )
+        return mine, self.micro_batch or largest
+
+    def shape_from_scratch(self, vocab_size: int, eot: int | None = None) -> LlamaConfig:
+        """Shape of a model from scratch. ValueError for one that cannot be."""
+        if self.d_model % self.n_head:
+            raise ValueError(
+                f"d_model = {self.d_model} must be a multiple of n_head = {self.n_head}: transformers loads no other"
+            )
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            n_layer=self.n_layer,
+            d_model=self.d_model,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head or self.n_head,
+            head_dim=self.head_dim or self.d_model // self.n_head,
+            d_ffn=self.d_ffn,
+            max_seq_len=self.seq_len,
+            tie_embeddings=self.tie_embeddings,
+            eos_token_id=eot,
+        )
+
+    def target_shape(self, source: LlamaConfig) -> LlamaConfig | None:
+        """Shape that `source` is to be pruned to; None where the run prunes nothing. ValueError where it cannot be."""
+        if not self.is_pruning:
+            return None
+        n_head = self.target_n_head or source.n_head
+        if n_head * source.n_kv_head % source.n_head:
+            group = source.n_head // source.n_kv_head
+            raise ValueError(f"target_n_head = {n_head} must be a multiple of {group}, the query heads of a KV group")
+        target = replace(
+            source,
+            n_layer=self.target_n_layer or source.n_layer,
+            d_model=self.target_d_model or source.d_model,
+            n_head=n_head,
+            n_kv_head=n_head * source.n_kv_head // source.n_head,
+            d_ffn=self.target_d_ffn or source.d_ffn,
+        )
+        if target.d_model % target.n_head:
+            raise ValueError(
+                f"target_d_model = {target.d_model} must be a multiple of the {target.n_head} heads kept: "
+                "transformers loads no other Llama"
+            )
+        if target == source:
+            raise ValueError(f"the target shape is that of {self.init_from}: there is nothing to prune")
+        return target
+
+
+FREE = {name for name, setting in fields(Settings).items() if setting.free}
