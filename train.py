@@ -114,7 +114,7 @@ class Trainer:
             params, params_at_end = self.masks.expected_params().item(), float(self.masks.target.n_params())
         points = []
         for share in np.linspace(0, 1, 9):
-            pruned = min(1.0, share * left / max(1, s.sparsity_warmup - step))
+            pruned = 1.0 if share == 1 else min(1.0, share * left / max(1, s.sparsity_warmup - step))
             rate = lr_scale(max(0, step + share * left - 1), s)  # of the last update
             tokens = seen + share * (seen_at_end - seen)
             points.append(Point(tokens, params + pruned * (params_at_end - params), rate))

@@ -189,7 +189,7 @@ class Log:
             type="eval",
             step=step,
             tokens=step * self.tokens_per_step,
-            domain_tokens=self._by_domain(now.tokens),
+            domain_tokens=self._by_domain(now.tokens.astype(int)),
             parameters=now.params,
             loss=losses,
             bits_per_byte=self.data.bits_per_byte(losses, "val"),
