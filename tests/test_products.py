@@ -1,0 +1,34 @@
+"""Matrix products against float64, and when oneDNN makes them."""
+
+import pytest
+import torch
+
+from plumbing.products import linear
+
+
+@pytest.mark.parametrize("shape", [(32, 40), (3, 16, 40), (1, 33, 40), (2, 1, 40), (2, 0, 40)])
+def test_products_and_their_gradients_are_float64_s(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(s, generator=generator) for s in (shape, (24, 40), (*shape[:-1], 24)))
+    # rows gated, or laid out in another order: what weights and activations look like in the model
+    for change in (lambda w: w, lambda w: w * torch.linspace(0, 1, 24)[:, None], lambda w: w.t().contiguous().t()):
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            inputs = [y.detach().to(dtype, copy=True).requires_grad_() for y in (x, change(weight))]
+            product = linear(*inputs) if dtype == torch.float32 else (inputs[0][..., None, :] * inputs[1]).sum(-1)
+            product.backward(grad.to(dtype))
+            results.append((product, *(y.grad for y in inputs)))
+        for ours, exact in zip(*results):
+            assert ours.shape == exact.shape
+            assert 0 in exact.shape or (ours.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="F.linear has no MKL to be slow with")
+def test_float32_products_are_onednn_s_and_can_be_turned_off(monkeypatch):
+    x, weight = torch.randn(4, 8, 40), torch.randn(24, 40, requires_grad=True)
+    assert "OneDNN" in linear(x, weight).grad_fn.name()
+    assert "OneDNN" not in linear(x[:1], weight).grad_fn.name()  # too few rows to be worth it
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert "OneDNN" not in linear(x, weight).grad_fn.name()
