@@ -13,6 +13,7 @@ that puts real probability on exactly 0 and exactly 1 (arXiv 1712.01312), so "ho
     symbol        variable                     meaning
     log_alpha     HardConcrete.log_alpha       what is learned: large = keep
     s, t          sparsity, target             expected and wanted share of zeros, t ramps up linearly
+    s - t         gap                          what the constraint brings to 0
     lambda, phi   multipliers[granularity]     Lagrange multipliers: gradient *ascent*
 
 After training the highest-scoring structures are kept, exactly as many as the target shape has, and `extract` cuts them
@@ -23,21 +24,19 @@ out: the small dense Llama computes exactly what the source does with its determ
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import Gates, Llama, LlamaConfig
+from model import Gates, Llama, LlamaConfig, scale_rows
+from plumbing import randomness
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # stretch and temperature
 LOG_ALPHA_MIN, LOG_ALPHA_MAX = math.log(1e-2), math.log(1e2)
-NOISE, CHOICE = 3, 4  # tags of random streams: gates must know nothing of the batch (data.py has 1 and 2)
-Scores = Gates  # what structures are ranked by when they are not learned: any numbers, the higher are kept
-UNDECIDED = (0.05, 0.95)  # a gate whose P(z = 0) lies between is neither kept nor pruned yet
+UNDECIDED = (0.05, 0.95)  # a gate whose P(z != 0) lies between is neither pruned nor kept yet
 
 
 def gate_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """granularity -> shape of the gates that prune it."""
+    """granularity -> shape of the gates that prune it. A row (the last axis) is what gates compete in to survive."""
     return {
         "layer": (config.n_layer,),
         "hidden": (config.d_model,),
@@ -46,8 +45,18 @@ def gate_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def survivors(scores: Tensor, keep: int | Tensor) -> Tensor:
+    """True for the `keep` highest scores of each row (the last axis), False for the others: bool, shape of the scores.
+
+    keep: a number for all rows, or one for each row (..., 1). Of equal scores, those with the highest index survive.
+    """
+    order = scores.argsort(dim=-1, stable=True)  # indices from the lowest score to the highest
+    rank = order.argsort(dim=-1)  # the place of each score in that order, 0 for the lowest
+    return rank >= scores.shape[-1] - keep
+
+
 class HardConcrete(nn.Module):
-    """Gates of one granularity, `shape` of them; each row (the last axis) is to keep `keep`."""
+    """The distribution of one granularity's gates, `shape` of them. Each row (the last axis) is to keep `keep`."""
 
     def __init__(self, shape: tuple[int, ...], keep: int, init: float = LOG_ALPHA_MAX):
         super().__init__()
@@ -57,7 +66,7 @@ class HardConcrete(nn.Module):
         self.log_alpha = nn.Parameter(torch.full(shape, float(init)))
 
     def prob_nonzero(self) -> Tensor:
-        """P(z != 0), shape of the gates: the differentiable count of what survives."""
+        """P(z != 0), shape of the gates. Its sum is the expected number of survivors, and has a gradient."""
         x = -GAMMA / (ZETA - GAMMA)
         prob_zero = torch.sigmoid(BETA * math.log(x / (1 - x)) - self.log_alpha)
         return 1 - prob_zero.clamp(1e-6, 1 - 1e-6)
@@ -68,32 +77,27 @@ class HardConcrete(nn.Module):
         return (y * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def deterministic(self, keep: int | None = None) -> Tensor:
-        """Gates without noise. In each row the lowest are set to 0: all but `keep` of them, or, where keep is None, as
-        many as are expected to be 0 now (rounded)."""
+        """Gates without noise. In each row `keep` gates survive; without `keep`, as many as are expected to now."""
         z = torch.sigmoid(0.8 * self.log_alpha / BETA)  # 0.8 and no stretch, as in Sheared LLaMA's code
-        size = z.shape[-1]
-        if keep is None:
-            # the row's own expectation, not the mean over rows: each layer is on its own way to the target
-            zeros = (size - self.prob_nonzero().sum(-1)).round()
-        else:
-            zeros = torch.full(z.shape[:-1], size - keep, device=z.device)
-        rank = self.log_alpha.argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 = lowest, ties by index
-        return z * (rank >= zeros[..., None])
+        if keep is None:  # each row has its own number: on the way to the target, layers differ
+            size = z.shape[-1]
+            keep = size - (size - self.prob_nonzero().sum(-1, keepdim=True)).round()
+        return z * survivors(self.log_alpha, keep)
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keep log_alpha where its gradient lives; called after each optimizer step."""
+        """Keep log_alpha where it has a gradient. To be called after each optimizer step."""
         self.log_alpha.clamp_(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
 
 
 class PruningMasks(nn.Module):
-    """The gates of all granularities in which `target` is smaller than `source`, with their Lagrange multipliers.
+    """The distributions of all gates that prune `source` to `target`, with their Lagrange multipliers.
 
     `layer`, `hidden`, `head`, `ffn` are a HardConcrete each, or None where the target equals the source. `head` gates
-    KV groups: a key/value head with all its query heads, which is one head where every head has its own.
-    `multipliers[granularity]` is (lambda, phi). sparsity_warmup: steps in which the target sparsity ramps up from 0.
-    log_alpha, phi: initial values (short runs need a phi above 0). Raises ValueError when the target cannot be cut out
-    of the source.
+    KV groups: a key/value head with all its query heads. `multipliers[granularity]` is (lambda, phi).
+
+    sparsity_warmup: steps in which the target sparsity ramps up from 0. log_alpha, phi: initial values (short runs need
+    a phi above 0). ValueError when the target cannot be cut out of the source.
     """
 
     def __init__(
@@ -105,55 +109,64 @@ class PruningMasks(nn.Module):
         phi: float = 0.0,
     ):
         super().__init__()
-        self.source, self.target, self.sparsity_warmup = source, target, sparsity_warmup
         check_target(source, target)
-        self.multipliers, small = nn.ModuleDict(), gate_shapes(target)
+        self.source, self.target, self.sparsity_warmup = source, target, sparsity_warmup
+        self.multipliers = nn.ModuleDict()
+        target_shapes = gate_shapes(target)
         for granularity, shape in gate_shapes(source).items():
-            keep = small[granularity][-1]
-            pruned = keep < shape[-1]
-            setattr(self, granularity, HardConcrete(shape, keep, log_alpha) if pruned else None)
-            if pruned:
-                lam = nn.Parameter(torch.tensor(0.0))
-                self.multipliers[granularity] = nn.ParameterList([lam, nn.Parameter(torch.tensor(float(phi)))])
+            keep = target_shapes[granularity][-1]
+            if keep == shape[-1]:
+                setattr(self, granularity, None)
+            else:
+                setattr(self, granularity, HardConcrete(shape, keep, log_alpha))
+                self.multipliers[granularity] = nn.ParameterList([torch.tensor(0.0), torch.tensor(float(phi))])
 
-    def gates(self) -> dict[str, HardConcrete]:
+    def distributions(self) -> dict[str, HardConcrete]:
         """granularity -> its HardConcrete, for those that are pruned."""
-        return {g: getattr(self, g) for g in self.multipliers}
+        return {granularity: getattr(self, granularity) for granularity in self.multipliers}
 
-    def sample(self, seed: int, step: int, part: int) -> Gates:
-        """Gates with the noise of one part of a step's batch, the same for any number of processes."""
-        rng = np.random.default_rng([seed, NOISE, step, part])
+    def sample(self, seed: int, step: int, gate_sample: int) -> Gates:
+        """One draw of all gates. A step's batch may be divided into several parts, each with its own gate sample.
+
+        The noise follows from (seed, step, gate_sample), so it is the same on any number of processes.
+        """
+        rng = randomness.generator(seed, randomness.NOISE, step, gate_sample)
         z = {}
-        for granularity, gates in self.gates().items():
-            u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, gates.log_alpha.shape)).to(gates.log_alpha.dtype)
-            if gates.log_alpha.is_cuda:
+        for granularity, distribution in self.distributions().items():
+            log_alpha = distribution.log_alpha
+            u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, log_alpha.shape)).to(log_alpha.dtype)
+            if log_alpha.is_cuda:
                 u = u.pin_memory()  # or the copy would wait for the device
-            z[granularity] = gates.sample(u.to(gates.log_alpha.device, non_blocking=True))
+            z[granularity] = distribution.sample(u.to(log_alpha.device, non_blocking=True))
         return Gates(**z)
 
     def deterministic(self, at_target: bool = True) -> Gates:
-        """Gates without noise: exactly the target shape, or (at_target=False) as many zeros as are expected now."""
-        return Gates(**{g: h.deterministic(h.keep if at_target else None) for g, h in self.gates().items()})
+        """Gates without noise: exactly the target shape, or (at_target=False) as many survivors as are expected now."""
+        z = {}
+        for granularity, distribution in self.distributions().items():
+            z[granularity] = distribution.deterministic(distribution.keep if at_target else None)
+        return Gates(**z)
 
     def target_sparsity(self, step: int) -> dict[str, float]:
-        """Wanted share of zeros at a step: a linear ramp, then the target's."""
+        """granularity -> wanted share of zeros at a step: a linear ramp from 0, then the target shape's."""
         ramp = min(1.0, step / self.sparsity_warmup) if self.sparsity_warmup else 1.0
-        return {g: ramp * (1 - h.keep / h.log_alpha.shape[-1]) for g, h in self.gates().items()}
+        return {g: ramp * (1 - d.keep / d.log_alpha.shape[-1]) for g, d in self.distributions().items()}
 
     def lagrangian(self, step: int) -> tuple[Tensor, dict]:
         """The constraint (eq. 1), summed over granularities, and what to log of it.
 
-        A granularity with a row per layer (head, ffn) has an expected sparsity per row, and the mean of the rows'
-        constraints. stats (tensors, no host sync): granularity -> {sparsity, target_sparsity, undecided, lambda, phi}.
+        head and ffn have a row of gates per layer. Each row has its own sparsity and its own constraint, and the mean
+        over rows counts. The second value: granularity -> {sparsity, target_sparsity, undecided, lambda, phi}. Most of
+        these are tensors, so that nothing here waits for the GPU.
         """
         total, stats = 0.0, {}
         targets = self.target_sparsity(step)
-        for granularity, gates in self.gates().items():
+        for granularity, distribution in self.distributions().items():
             lam, phi = self.multipliers[granularity]
-            nonzero = gates.prob_nonzero()
+            nonzero = distribution.prob_nonzero()
             sparsity = 1 - nonzero.mean(-1)  # () or (L,)
-            excess = sparsity - targets[granularity]
-            total = total + (lam * excess + phi * excess**2).mean()  # eq. 1
+            gap = sparsity - targets[granularity]
+            total = total + (lam * gap + phi * gap**2).mean()  # eq. 1
             undecided = (nonzero > UNDECIDED[0]) & (nonzero < UNDECIDED[1])
             stats[granularity] = {
                 "sparsity": sparsity.detach().mean(),
@@ -166,13 +179,12 @@ class PruningMasks(nn.Module):
 
     @torch.no_grad()
     def expected_params(self) -> Tensor:
-        """Expected number of parameters left: P in the scaling law."""
+        """Expected number of parameters left: P in the scaling law. Gates are independent: means multiply."""
         s = self.source
-
         device = next(self.parameters(), torch.empty(0)).device
 
-        def left(gates, full):  # expected number left, () or (L,)
-            return torch.tensor(full, device=device) if gates is None else gates.prob_nonzero().sum(-1)
+        def left(distribution, size):  # expected number left of each row, () or (L,)
+            return torch.tensor(size, device=device) if distribution is None else distribution.prob_nonzero().sum(-1)
 
         d, groups, ffn = left(self.hidden, s.d_model), left(self.head, s.n_kv_head), left(self.ffn, s.d_ffn)
         layer = torch.ones(s.n_layer, device=device) if self.layer is None else self.layer.prob_nonzero()  # (L,)
@@ -182,21 +194,17 @@ class PruningMasks(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Clamp every log_alpha; called after each optimizer step."""
-        for gates in self.gates().values():
-            gates.clamp_()
-
-    @torch.no_grad()
-    def choose_(self, scores: Scores) -> None:
-        """Decide all gates at once, without learning: the highest scores of each row get z = 1, the others 0."""
-        for granularity, gates in self.gates().items():
-            rank = getattr(scores, granularity).argsort(dim=-1, stable=True).argsort(dim=-1)
-            kept = rank >= rank.shape[-1] - gates.keep
-            gates.log_alpha.copy_(torch.where(kept, math.inf, -math.inf))
+        """Clamp every log_alpha. To be called after each optimizer step."""
+        for distribution in self.distributions().values():
+            distribution.clamp_()
 
 
 def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
-    """ValueError unless `target` can be cut out of `source`: not larger, same head_dim, same queries per KV head."""
+    """ValueError unless `target` can be cut out of `source`: not larger, same head_dim, same query heads per KV head.
+
+    target.d_model need not be a multiple of target.n_head, since head_dim stays. Only transformers wants it to be, so
+    train.py checks that.
+    """
     for name in ("n_layer", "d_model", "n_kv_head", "n_head", "d_ffn"):
         if getattr(target, name) > getattr(source, name):
             raise ValueError(
@@ -212,48 +220,6 @@ def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
         )
 
 
-# -- choices that are not learned, to compare with ------------------------------------------------------------------
-
-
-@torch.no_grad()
-def random_scores(masks: PruningMasks, seed: int) -> Scores:
-    """Scores drawn at random."""
-    rng = np.random.default_rng([seed, CHOICE])
-    return Gates(**{g: torch.from_numpy(rng.random(h.log_alpha.shape)) for g, h in masks.gates().items()})
-
-
-@torch.no_grad()
-def magnitude_scores(model: Llama) -> Scores:
-    """Scores by weight magnitude: the L2 norm of all the weights that would go with a structure."""
-    layer, hidden, head, ffn = [], model.embed_tokens.weight.float().square().sum(0), [], []
-    if not model.config.tie_embeddings:
-        hidden = hidden + model.lm_head.weight.float().square().sum(0)
-    for block in model.layers:
-        a, f = block.self_attn, block.mlp
-        q, k, v, o = (w.weight.float().square() for w in (a.q_proj, a.k_proj, a.v_proj, a.o_proj))
-        gate, up, down = (w.weight.float().square() for w in (f.gate_proj, f.up_proj, f.down_proj))
-        hidden = hidden + sum(w.sum(0) for w in (q, k, v, gate, up)) + o.sum(1) + down.sum(1)
-        rows = [w.sum(1).view(model.config.n_kv_head, -1).sum(1) for w in (q, k, v, o.T)]
-        head.append(sum(rows))
-        ffn.append(gate.sum(1) + up.sum(1) + down.sum(0))
-        layer.append(head[-1].sum() + ffn[-1].sum())
-    return Gates(
-        *(torch.as_tensor(x).sqrt() for x in (torch.stack(layer), hidden, torch.stack(head), torch.stack(ffn)))
-    )
-
-
-@torch.no_grad()
-def scores_of(masks: PruningMasks, description: dict) -> Scores:
-    """Scores that choose what `describe` says of other gates. ValueError if it is of other shapes."""
-    if [description.get(k) for k in ("source", "target")] != [masks.source.shape, masks.target.shape]:
-        raise ValueError("these gates are not of this source and target")
-    scores = {}
-    for granularity, gates in masks.gates().items():
-        kept = torch.tensor(description[granularity]["kept"])
-        scores[granularity] = torch.zeros(gates.log_alpha.shape).scatter_(-1, kept, 1.0)
-    return Gates(**scores)
-
-
 # -- extraction -----------------------------------------------------------------------------------------------------
 
 
@@ -261,67 +227,58 @@ def scores_of(masks: PruningMasks, description: dict) -> Scores:
 def extract(model: Llama, masks: PruningMasks) -> Llama:
     """The small dense Llama of exactly the target shape, equal in function to `model` gated at the target shape.
 
-    What is zero is cut out; what is left of a gate is folded into the weight whose rows it scales in the forward.
+    What is zero is cut out. What is left of a gate, say 0.93, is multiplied into the weights that it gates in the
+    forward pass of model.py, and into no others. `model` and `masks` are on the same device, and stay as they are.
     """
     z, kept = masks.deterministic(at_target=True), kept_indices(masks)
-    config, d = masks.target, kept["hidden"]
+    hidden = kept["hidden"]
+    # the embedding's outputs are its columns; where it is tied it is the lm_head, too, which then has the norm's gate
+    weights = {"embed_tokens.weight": scale_rows(model.embed_tokens.weight.T, z.hidden)[hidden].T}
+    if masks.target.tie_embeddings:
+        weights["norm.weight"] = model.norm.weight[hidden]
+    else:
+        weights["norm.weight"] = scale_rows(model.norm.weight, z.hidden)[hidden]
+        weights["lm_head.weight"] = model.lm_head.weight[:, hidden]
 
-    def fold(weight, z, rows, columns=None):
-        if z is not None:
-            weight = weight * z.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
-        return weight[rows] if columns is None else weight[rows][:, columns]
-
-    def rows_of(groups, heads):  # the rows of q, k or v that belong to these KV groups
-        return torch.arange(heads * config.head_dim).view(model.config.n_kv_head, -1)[groups.cpu()].flatten()
-
-    state = {
-        "embed_tokens.weight": fold(model.embed_tokens.weight.T, z.hidden, d).T,
-        # a tied lm_head has the gate already, in its copy of the embedding
-        "norm.weight": fold(model.norm.weight, None if config.tie_embeddings else z.hidden, d),
-        "lm_head.weight": model.lm_head.weight[:, d],
-    }
-    if config.tie_embeddings:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
     for new, old in enumerate(kept["layer"].tolist()):
-        layer, at = model.layers[old], z.at(old)
-        attention, mlp, ffn = layer.self_attn, layer.mlp, kept["ffn"][old]
-        q, kv = (rows_of(kept["head"][old], n) for n in (model.config.n_head, model.config.n_kv_head))
-        z_v = None if at.head is None else at.head.repeat_interleave(config.head_dim)
-        for name, weight in {
-            "input_layernorm": fold(layer.input_layernorm.weight, at.hidden, d),
-            "self_attn.q_proj": fold(attention.q_proj.weight, None, q, d),
-            "self_attn.k_proj": fold(attention.k_proj.weight, None, kv, d),
-            "self_attn.v_proj": fold(attention.v_proj.weight, z_v, kv, d),
-            "self_attn.o_proj": fold(attention.o_proj.weight, at.out, d, q),
-            "post_attention_layernorm": fold(layer.post_attention_layernorm.weight, at.hidden, d),
-            "mlp.gate_proj": fold(mlp.gate_proj.weight, None, ffn, d),
-            "mlp.up_proj": fold(mlp.up_proj.weight, at.ffn, ffn, d),
-            "mlp.down_proj": fold(mlp.down_proj.weight, at.out, d, ffn),
-        }.items():
-            state[f"layers.{new}.{name}.weight"] = weight
-    return Llama.of_weights(config, {name: weight.clone() for name, weight in state.items()})
+        layer, gates = model.layers[old], z.at(old)
+        q, kv = rows_of_groups(kept["head"][old], masks.source)
+        ffn = kept["ffn"][old]
+        z_v = None if gates.head is None else gates.head.repeat_interleave(masks.source.head_dim)
+        for name, row_gate, rows, columns in (
+            # weight, gate on its rows, rows that are kept, columns that are kept
+            ("self_attn.q_proj", None, q, hidden),
+            ("self_attn.k_proj", None, kv, hidden),
+            ("self_attn.v_proj", z_v, kv, hidden),
+            ("self_attn.o_proj", gates.out, hidden, q),
+            ("mlp.gate_proj", None, ffn, hidden),
+            ("mlp.up_proj", gates.ffn, ffn, hidden),
+            ("mlp.down_proj", gates.out, hidden, ffn),
+        ):
+            weight = layer.get_parameter(f"{name}.weight")
+            weights[f"layers.{new}.{name}.weight"] = scale_rows(weight, row_gate)[rows][:, columns]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weight = layer.get_parameter(f"{name}.weight")
+            weights[f"layers.{new}.{name}.weight"] = scale_rows(weight, gates.hidden)[hidden]
+    return Llama.of_weights(masks.target, weights)
 
 
-@torch.no_grad()
+def rows_of_groups(groups: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """The rows of q_proj, and those of k_proj and v_proj, that belong to these KV groups (indices)."""
+    q_rows = torch.arange(config.n_head * config.head_dim, device=groups.device)
+    kv_rows = torch.arange(config.n_kv_head * config.head_dim, device=groups.device)
+    q, kv = (rows.view(config.n_kv_head, -1)[groups].flatten() for rows in (q_rows, kv_rows))
+    return q, kv
+
+
 def kept_indices(masks: PruningMasks) -> dict[str, Tensor]:
     """granularity -> indices kept at the target, in order: layer (L',), hidden (D',), head (L, G'), ffn (L, I')."""
-    kept, z = {}, masks.deterministic(at_target=True)
+    kept = {}
     for granularity, shape in gate_shapes(masks.source).items():
-        gates = getattr(masks, granularity)
-        if gates is None:
+        distribution = getattr(masks, granularity)
+        if distribution is None:
             kept[granularity] = torch.arange(shape[-1]).expand(shape)
         else:
-            kept[granularity] = getattr(z, granularity).topk(gates.keep, dim=-1).indices.sort(-1).values
+            survive = survivors(distribution.log_alpha, distribution.keep)
+            kept[granularity] = survive.nonzero()[:, -1].view(*shape[:-1], distribution.keep)
     return kept
-
-
-def describe(masks: PruningMasks) -> dict:
-    """What was kept, for `pruning.json`: shapes of source and target and, per granularity (and source layer), the
-    kept indices and their gate values, which are folded into the weights. Layers that went are listed too."""
-    z, kept = masks.deterministic(at_target=True), kept_indices(masks)
-    rows = {}
-    for granularity, indices in kept.items():
-        gate = getattr(z, granularity)
-        values = torch.ones(indices.shape) if gate is None else gate.gather(-1, indices)
-        rows[granularity] = {"kept": indices.tolist(), "gates": values.tolist()}
-    return {"source": masks.source.shape, "target": masks.target.shape, **rows}

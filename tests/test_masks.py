@@ -8,16 +8,7 @@ import torch
 import transformers
 from test_model import random_llama, relative
 
-from masks import (
-    HardConcrete,
-    PruningMasks,
-    describe,
-    extract,
-    kept_indices,
-    magnitude_scores,
-    random_scores,
-    scores_of,
-)
+from masks import HardConcrete, PruningMasks, extract, kept_indices, survivors
 from model import Gates, Llama, LlamaConfig
 
 SOURCE = LlamaConfig(61, 4, 24, 4, 4, 6, 40, 32)
@@ -36,8 +27,9 @@ def random_masks(source, target, seed=0, low=-1.5, high=1.5):
     masks = PruningMasks(source, target, 100)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for gates in masks.gates().values():
-            gates.log_alpha.copy_(low + (high - low) * torch.rand(gates.log_alpha.shape, generator=generator))
+        for distribution in masks.distributions().values():
+            noise = torch.rand(distribution.log_alpha.shape, generator=generator)
+            distribution.log_alpha.copy_(low + (high - low) * noise)
     return masks
 
 
@@ -148,12 +140,23 @@ def test_gradient_of_a_sampled_gate_is_autograds_of_the_closed_form():
     torch.testing.assert_close(gates.log_alpha.grad, torch.where(inside, 1.2 * 1.5 * s * (1 - s), 0.0))
 
 
-def test_noise_is_keyed_by_seed_step_and_micro_batch():
+def test_noise_is_keyed_by_seed_step_and_gate_sample():
     masks = random_masks(SOURCE, TARGET)
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     samples = [masks.sample(*key).ffn for key in keys]
     assert torch.equal(samples[0], masks.sample(0, 0, 0).ffn)
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(samples, 2))
+
+
+def test_survivors_are_the_highest_scores_of_each_row():
+    scores = torch.tensor([[0.3, -1.0, 2.0, 0.3], [5.0, 4.0, 3.0, 2.0]])
+    for keep, expected in (
+        (1, [[0, 0, 1, 0], [1, 0, 0, 0]]),
+        (2, [[0, 0, 1, 1], [1, 1, 0, 0]]),  # of the equal ones the last
+        (4, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        (torch.tensor([[3], [0]]), [[1, 0, 1, 1], [0, 0, 0, 0]]),
+    ):
+        assert survivors(scores, keep).int().tolist() == expected
 
 
 def test_expected_params_are_those_of_sampled_models():
@@ -169,7 +172,7 @@ def test_expected_params_are_those_of_sampled_models():
     counts = torch.stack(counts).double()
     assert abs(counts.mean() - masks.expected_params()) < 4 * counts.std() / len(counts) ** 0.5
     decided = PruningMasks(gqa, gqa, 0)
-    assert decided.gates() == {} and decided.expected_params() == gqa.n_params()
+    assert decided.distributions() == {} and decided.expected_params() == gqa.n_params()
 
 
 # -- extraction -----------------------------------------------------------------------------------------------------
@@ -241,21 +244,13 @@ def test_norm_of_a_gated_model_sees_survivors_only():
     torch.testing.assert_close(norm(x, z)[..., z == 1], expected)
 
 
-def test_what_was_kept_is_described(tmp_path):
+def test_what_is_kept_are_the_gates_above_0():
     masks = random_masks(SOURCE, TARGET)
-    kept, z, text = kept_indices(masks), masks.deterministic(), describe(masks)
-    assert {g: tuple(k.shape) for g, k in kept.items()} == {
-        "layer": (2,),
-        "hidden": (14,),
-        "head": (4, 2),
-        "ffn": (4, 21),
-    }
-    for granularity in FIELDS:
-        gates = getattr(z, granularity)
-        assert torch.equal(gates.nonzero()[:, -1], kept[granularity].flatten())
-        assert text[granularity]["kept"] == kept[granularity].tolist()
-        torch.testing.assert_close(torch.tensor(text[granularity]["gates"]).flatten(), gates[gates != 0])
-    assert text["source"]["n_layer"] == 4 and text["target"]["n_layer"] == 2
+    kept, z = kept_indices(masks), masks.deterministic()
+    shapes = {"layer": (2,), "hidden": (14,), "head": (4, 2), "ffn": (4, 21)}
+    assert {granularity: tuple(indices.shape) for granularity, indices in kept.items()} == shapes
+    for granularity, indices in kept.items():
+        assert torch.equal(getattr(z, granularity).nonzero()[:, -1], indices.flatten())
 
 
 IMPOSSIBLE = {
@@ -272,22 +267,3 @@ def test_targets_that_cannot_be_are_refused(name):
     source = replace(SOURCE, n_kv_head=2)
     with pytest.raises(ValueError, match=words):
         PruningMasks(source, replace(source, **change), 0)
-
-
-def test_choices_that_are_not_learned():
-    llama, masks = random_llama(SOURCE), PruningMasks(SOURCE, TARGET, 0)
-    with torch.no_grad():  # layer 2, hidden 5, head (1, 3) and ffn (0, 7) made by far the heaviest
-        llama.layers[2].mlp.up_proj.weight *= 90
-        llama.embed_tokens.weight[:, 5] = 50
-        llama.layers[1].self_attn.q_proj.weight[18:24] = 20
-        llama.layers[0].mlp.down_proj.weight[:, 7] = 20
-    masks.choose_(magnitude_scores(llama))
-    kept = kept_indices(masks)
-    assert 2 in kept["layer"] and 5 in kept["hidden"] and 3 in kept["head"][1] and 7 in kept["ffn"][0]
-    for gates in masks.gates().values():
-        assert set(gates.deterministic(gates.keep).unique().tolist()) == {0.0, 1.0}  # nothing to fold
-    other = PruningMasks(SOURCE, TARGET, 0)
-    other.choose_(scores_of(other, describe(masks)))
-    assert all(torch.equal(a, b) for a, b in zip(kept_indices(other).values(), kept.values()))
-    one, two = (random_scores(masks, seed) for seed in (1, 2))
-    assert not torch.equal(one.ffn, two.ffn) and torch.equal(one.ffn, random_scores(masks, 1).ffn)

@@ -1,0 +1,51 @@
+"""Choices that are not learned, and the description of what was kept."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_masks import FIELDS, SOURCE, TARGET, random_masks
+from test_model import random_llama
+
+from masks import PruningMasks, kept_indices
+from plumbing import choices
+
+
+def test_the_heaviest_are_kept_whole():
+    llama, masks = random_llama(SOURCE), PruningMasks(SOURCE, TARGET, 0)
+    with torch.no_grad():  # layer 2, hidden 5, head (1, 3) and ffn (0, 7) made by far the heaviest
+        llama.layers[2].mlp.up_proj.weight *= 90
+        llama.embed_tokens.weight[:, 5] = 50
+        llama.layers[1].self_attn.q_proj.weight[18:24] = 20
+        llama.layers[0].mlp.down_proj.weight[:, 7] = 20
+    choices.choose_(masks, choices.magnitude_scores(llama))
+    kept = kept_indices(masks)
+    assert 2 in kept["layer"] and 5 in kept["hidden"] and 3 in kept["head"][1] and 7 in kept["ffn"][0]
+    for z in masks.deterministic():
+        assert set(z.unique().tolist()) == {0.0, 1.0}  # nothing to fold
+
+
+def test_random_scores_follow_the_seed_alone():
+    masks = PruningMasks(SOURCE, TARGET, 0)
+    one, two = (choices.random_scores(masks, seed) for seed in (1, 2))
+    assert not torch.equal(one.ffn, two.ffn) and torch.equal(one.ffn, choices.random_scores(masks, 1).ffn)
+
+
+def test_a_description_chooses_the_same_again():
+    masks, other = random_masks(SOURCE, TARGET), PruningMasks(SOURCE, TARGET, 0)
+    choices.choose_(other, choices.scores_of(other, choices.describe(masks)))
+    assert all(torch.equal(a, b) for a, b in zip(kept_indices(other).values(), kept_indices(masks).values()))
+    smaller = PruningMasks(SOURCE, replace(TARGET, n_layer=1), 0)
+    with pytest.raises(ValueError, match="not of this source and target"):
+        choices.scores_of(smaller, choices.describe(masks))
+
+
+def test_what_was_kept_is_described():
+    masks = random_masks(SOURCE, TARGET)
+    z, text = masks.deterministic(), choices.describe(masks)
+    for granularity in FIELDS:
+        gates = getattr(z, granularity)
+        indices = torch.tensor(text[granularity]["kept"])
+        assert torch.equal(gates.nonzero()[:, -1], indices.flatten())
+        torch.testing.assert_close(torch.tensor(text[granularity]["gates"]).flatten(), gates[gates != 0])
+    assert text["source"]["n_layer"] == 4 and text["target"]["n_layer"] == 2
