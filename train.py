@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from dro import Mixture, Point
 from eval import domain_losses
-from masks import PruningMasks, describe, extract, magnitude_scores, random_scores, scores_of
+from masks import PruningMasks, extract
 from model import Gates, Llama, LlamaConfig, read_config
-from plumbing import cost, parallel
+from plumbing import choices, cost, parallel
 from plumbing.command_line import load, user_errors
 from plumbing.data import BatchReader, TokenData
 from plumbing.log import Clock, Log, Meter, give_up, say
@@ -156,7 +156,7 @@ class Trainer:
             model, kept = Llama.of_weights(self.model.config, whole), None
             chosen = run.path / "start" / PRUNING  # a choice that was made before the training
             if masks:
-                kept, model = describe(masks.cpu()), extract(model, masks)
+                kept, model = choices.describe(masks.cpu()), extract(model, masks)
             elif chosen.is_file():
                 kept = json.loads(chosen.read_text())
             save_model(partial, model, kept, model_directory(s.init_from) if s.init_from else None, self.reader.data)
@@ -184,7 +184,7 @@ def make_optimizer(s: Settings, model: Llama, masks: PruningMasks | None) -> tor
     """One AdamW: weights and log_alpha descend, lambda and phi ascend, each group at its own peak rate."""
     groups = [{"params": list(model.parameters()), "peak_lr": s.lr, "weight_decay": s.weight_decay}]
     if masks is not None:
-        log_alphas = [gates.log_alpha for gates in masks.gates().values()]
+        log_alphas = [distribution.log_alpha for distribution in masks.distributions().values()]
         groups.append({"params": log_alphas, "peak_lr": s.gate_lr})
         groups.append({"params": list(masks.multipliers.parameters()), "peak_lr": s.multiplier_lr, "maximize": True})
     return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
@@ -254,22 +254,22 @@ def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> Pruning
 def choose_(s: Settings, masks: PruningMasks) -> None:
     """Close the gates by a choice that is not learned. ValueError for a file that is no choice."""
     if s.gates == "random":
-        scores = random_scores(masks, s.seed)
+        scores = choices.random_scores(masks, s.seed)
     elif s.gates == "magnitude":
-        scores = magnitude_scores(Llama.from_pretrained(directory_of(s.init_from)))
+        scores = choices.magnitude_scores(Llama.from_pretrained(directory_of(s.init_from)))
     else:
         try:
-            scores = scores_of(masks, json.loads(Path(s.gates).read_text()))
+            scores = choices.scores_of(masks, json.loads(Path(s.gates).read_text()))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"gates = '{s.gates}': not a pruning.json of this source and target ({error})") from None
-    masks.choose_(scores)
+    choices.choose_(masks, scores)
 
 
 def cut(s: Settings, masks: PruningMasks, path: Path) -> None:
     """Write the small model of a choice that is not learned, and that choice: the training starts from it."""
     shutil.rmtree(path, ignore_errors=True)
     extract(Llama.from_pretrained(directory_of(s.init_from)), masks).save_pretrained(path)
-    (path / PRUNING).write_text(json.dumps(describe(masks)))
+    (path / PRUNING).write_text(json.dumps(choices.describe(masks)))
 
 
 def rehearse(s: Settings, source: LlamaConfig, stage) -> None:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plumbing import randomness
+
 FORMAT = 1  # of the data set on disk; a reader refuses any other
 SPLITS = ("train", "val", "test")
-# Each random stream has a tag in its key: numpy takes [s, t] and [s, t, 0] for the same one (masks.py has 3 and 4).
-DRAWS, ORDERS = 1, 2
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -188,7 +188,7 @@ class BatchReader:
             raise ValueError(
                 f"domain weights must be {len(self.totals)} numbers >= 0 that sum to 1, for {names}: {weights}"
             )
-        rng = np.random.default_rng([self.seed, DRAWS, step])
+        rng = randomness.generator(self.seed, randomness.DRAWS, step)
         domains = rng.choice(len(weights), size=self.batch_size, p=weights / weights.sum())
         return domains, np.array([self._advance(d) for d in domains], np.int64)
 
@@ -204,7 +204,7 @@ class BatchReader:
         """Number of the next sequence of domain d."""
         epoch, i = divmod(self.counts[d], self.totals[d])
         if self._orders.get(d, (None,))[0] != epoch:
-            rng = np.random.default_rng([self.seed, ORDERS, int(d), epoch])
+            rng = randomness.generator(self.seed, randomness.ORDERS, int(d), epoch)
             self._orders[d] = epoch, rng.permutation(np.arange(self.totals[d], dtype=np.uint32))
         self.counts[d] += 1
         return int(self._orders[d][1][i])

@@ -162,7 +162,7 @@ def test_three_steps_of_pruning_by_hand(chain, tiny_data, tmp_path, monkeypatch)
     c = model.config
     target = replace(c, n_layer=2, d_model=24, n_head=2, n_kv_head=2, d_ffn=32)
     masks = PruningMasks(c, target, 20, log_alpha=3.0, phi=200.0)
-    weights, gates = list(model.parameters()), [h.log_alpha for h in masks.gates().values()]
+    weights, gates = list(model.parameters()), [h.log_alpha for h in masks.distributions().values()]
     down = torch.optim.AdamW([{"params": weights, "weight_decay": 0.01}, {"params": gates, "weight_decay": 0.0}],
                              betas=(0.9, 0.95), eps=1e-8)  # fmt: skip
     up = torch.optim.AdamW(masks.multipliers.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, maximize=True)
