@@ -20,7 +20,7 @@ TARGET = {"n_layer": 4, "d_model": 96, "n_head": 3, "n_kv_head": 3, "head_dim": 
 GATED = {"layer": 1 - 4 / 6, "hidden": 0.25, "head": 0.25, "ffn": 1 - 256 / 344}
 
 
-def records(stage="continue", domains=TOY, ratio=None, steps=200, stop=None, schedule="dro", name=None, seed=0, **info):
+def records(stage="continue", domains=TOY, ratio=None, steps=200, stop=None, schedule="dro", seed=0, **info):
     """The lines of a plausible run: power-law losses with noise, weights that follow the excess losses, ramping gates.
 
     `stop`: the run is only that far and has no end line.
@@ -36,7 +36,7 @@ def records(stage="continue", domains=TOY, ratio=None, steps=200, stop=None, sch
     bump = lambda t: 1.5 * np.exp(-(((t / steps - 0.2) / 0.12) ** 2)) * (stage == "prune")  # noqa: E731
     yield {
         "type": "run",
-        "name": name or f"toy_{stage}",
+        "name": f"toy_{stage}",
         "stage": stage,
         "steps": steps,
         "tokens_per_step": tokens_per_step,
@@ -90,6 +90,7 @@ def records(stage="continue", domains=TOY, ratio=None, steps=200, stop=None, sch
             line |= {"domain_tokens": {d: int(tokens / n) for d in domains}, "loss": by_domain(loss)}
             line |= {"bits_per_byte": by_domain(loss / np.log(2)), "prediction": by_domain(prediction), "curve": curve}
             line |= {"reference": by_domain([None] * n if reference is None else reference)}
+            line |= {"epochs": by_domain(tokens / 1e5 * ratio)}
             line |= {"ratio": by_domain(p), "weights": by_domain(weights)}
             if stage == "prune":
                 cut = {g: 2 * t * ramp - 1 for g, t in GATED.items()}
@@ -136,7 +137,7 @@ def column(lines, *keys):
 
 
 def texts(fig):
-    """Everything written in a figure."""
+    """Everything written in a figure, or in axes."""
     return [t.get_text() for t in fig.findobj(lambda a: hasattr(a, "get_text")) if t.get_text()]
 
 
@@ -180,23 +181,44 @@ def test_labels_never_overlap(tmp_path):
         lines = records("continue", [f"lang_{i}" for i in range(n)])
         fig = plot.weights_figure(plot.read_metrics(write(tmp_path, lines)))
         fig.draw_without_rendering()
-        boxes = sorted((t.get_window_extent() for t in fig.axes[0].texts), key=lambda b: b.y0)
+        labels = [t for t in fig.axes[0].texts if t.get_text().startswith("lang_")]
+        boxes = sorted((t.get_window_extent() for t in labels), key=lambda b: b.y0)
         assert len(boxes) == n
         assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:]))
         assert boxes[-1].x1 <= fig.bbox.x1 and boxes[0].y0 >= 0
 
 
-def test_a_title_names_what_the_schedule_makes_use_of(tmp_path):
-    both = {"dynamic_reference": True, "dynamic_ratio": True}
-    titles = [
-        plot.schedule(plot.read_metrics(write(tmp_path / name, records(schedule=name, **both))))
-        for name in ("constant", "sheared", "dro")
-    ]
-    assert titles == [
-        "constant schedule",
-        "sheared schedule, dynamic reference",
-        "dro schedule, dynamic reference and ratio",
-    ]
+def test_weights_title_says_who_gained_and_whose_text_was_used_again(tmp_path):
+    lines = list(records(domains=["a", "b"], ratio=[0.25, 0.75]))
+    lines[-2]["weights"], lines[-2]["epochs"] = {"a": 0.4, "b": 0.6}, {"a": 0.9, "b": 1.37}
+    fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))
+    assert fig.get_suptitle() == "run: a gets 40 % of the batches, 1.60 times its first share"
+    assert fig.axes[0].get_title("left") == "dro schedule; the text of b has been used 1.37 times"
+    for e in evals(lines):
+        e["weights"], e["epochs"] = {"a": 0.25, "b": 0.75}, {"a": 0.1, "b": 0.4}
+    fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))
+    assert fig.get_suptitle() == "run: every domain keeps its share of the batches"
+    assert fig.axes[0].get_title("left") == "dro schedule"
+
+
+@pytest.mark.parametrize(
+    "schedule, additions, stop, marks",
+    [
+        ("dro", (True, True), None, [4, 20, 40]),
+        ("dro", (True, True), 30, [4, 20]),  # the run has not come to 20 % yet
+        ("dro", (False, True), None, [40]),
+        ("sheared", (True, True), None, [4, 20]),
+        ("constant", (True, True), None, []),
+        ("dro", (False, False), None, []),
+    ],
+)
+def test_timeline_of_the_additions_that_the_run_uses(tmp_path, schedule, additions, stop, marks):
+    switched = dict(zip(("dynamic_reference", "dynamic_ratio"), additions))
+    fig = plot.weights_figure(plot.read_metrics(write(tmp_path, records(schedule=schedule, stop=stop, **switched))))
+    [ax] = fig.axes
+    vertical = [line.get_xdata() for line in ax.lines if list(line.get_ydata()) == [0, 1]]
+    assert [x[0] for x in vertical] == marks
+    assert [f"{x / 2:g} %" for x in marks] == [text for text in texts(ax) if text in ("2 %", "10 %", "20 %")]
 
 
 def test_spread():
@@ -213,7 +235,7 @@ def test_loss_prediction_and_truth(tmp_path, stage):
     assert [ax.get_title("left") for ax in fig.axes] == TOY
     for ax, d in zip(fig.axes, TOY):
         assert np.allclose(find(ax, "loss").get_ydata(), column(evals(lines), "loss", d))
-        assert np.allclose(find(ax, "reference").get_ydata()[:-1], column(evals(lines), "reference", d))
+        assert np.allclose(find(ax, "reference loss").get_ydata()[:-1], column(evals(lines), "reference", d))
         assert np.allclose(find(ax, "curve").get_data(), [half["curve"]["step"], half["curve"]["loss"][d]])
         assert np.allclose(find(ax, "prediction").get_data(), [[200], [half["prediction"][d]]])
         assert np.allclose(find(ax, "end").get_data(), [[200], [lines[-1]["loss"][d]]])
@@ -222,13 +244,45 @@ def test_loss_prediction_and_truth(tmp_path, stage):
         assert f"◇ {half['prediction'][d]:.3f}    ★ {lines[-1]['loss'][d]:.3f}" in texts(fig)
     assert fig.get_supylabel() == "validation loss (nats/token)"
     assert ("extracted model" in texts(fig)) == (stage == "prune")
+    last = evals(lines)[-1]
+    excess = {d: last["loss"][d] - last["reference"][d] for d in TOY}
+    worst = max(excess, key=excess.get)
+    assert fig.get_suptitle().endswith(
+        f"{worst} has the largest excess over its reference loss, {excess[worst]:+.3f} nats/token"
+    )
 
 
-def test_loss_of_a_running_run_shows_the_latest_forecast(tmp_path):
+def test_loss_shows_where_the_reference_comes_from(tmp_path):
+    lines = list(records(domains=["a", "b"]))
+    for e in evals(lines):
+        e["reference_is"] = {
+            "a": "given" if e["step"] < 50 else "predicted" if e["step"] < 120 else "seen",
+            "b": "given",
+        }
+    fig = plot.loss_figure(plot.read_metrics(write(tmp_path, lines)))
+    a, b = fig.axes
+    reference = column(evals(lines), "reference", "a")
+    steps = column(evals(lines), "step")
+    parts = {"given": steps < 50, "predicted": (steps >= 50) & (steps < 120), "seen": steps >= 120}
+    looks = set()
+    for source, here in parts.items():
+        drawn = find(a, f"reference loss: {source}")
+        assert np.array_equal(drawn.get_ydata()[:-1], np.where(here, reference, np.nan), equal_nan=True)
+        looks.add(drawn.get_linestyle())
+        assert f"reference loss: {source}" in texts(fig)
+    assert len(looks) == 3 and "reference loss" not in texts(fig)
+    assert [line.get_gid() for line in b.lines if "reference" in line.get_gid()] == ["reference loss: given"]
+
+
+def test_loss_of_a_pruned_run_without_gates(tmp_path):  # structures that were chosen before the run started
+    fig = plot.loss_figure(plot.read_metrics(write(tmp_path, records("prune", target=None))))
+    assert {"validation loss", "end of the run"} <= set(texts(fig))
+
+
+def test_loss_of_a_running_run_shows_the_newest_forecast(tmp_path):
     lines = list(records(stop=150))
     fig = plot.loss_figure(plot.read_metrics(write(tmp_path, lines)))
-    ends = [a.get_ydata()[0] for a in fig.axes[0].lines if a.get_gid() == "prediction"]
-    assert np.allclose(ends, [e["prediction"]["cpp"] for e in evals(lines) if e["step"] in (100, 150)])
+    assert find(fig.axes[0], "prediction").get_ydata() == [evals(lines)[-1]["prediction"]["cpp"]]
     assert not any(a.get_gid() == "end" for a in fig.axes[0].lines)
     assert fig.axes[0].get_xlim() == (0, 200) and "step 150 of 200" in fig.get_suptitle()
 
@@ -236,6 +290,8 @@ def test_loss_of_a_running_run_shows_the_latest_forecast(tmp_path):
 def test_sparsity(tmp_path):
     lines = list(records("prune"))
     fig = plot.sparsity_figure(plot.read_metrics(write(tmp_path, lines)))
+    gap = max(abs(lines[-3]["sparsity"][g] - lines[-3]["target_sparsity"][g]) for g in GATED)
+    assert lines[-3]["type"] == "train" and f"at most {100 * gap:.2g} percentage points" in fig.get_suptitle()
     train = [r for r in lines if r["type"] == "train"]
     sparsity, undecided, lam, phi = fig.axes
     for g in GATED:
@@ -259,9 +315,14 @@ def test_gates(tmp_path):
     for shown, g in ((head, "head"), (ffn, "ffn")):
         assert np.array_equal(shown.mask, np.broadcast_to(gone[:, None], shown.shape))  # gone with their layer
         assert np.allclose(shown[~gone], np.array(gates[g])[~gone])
-    titles = [ax.get_title("left") for ax in fig.axes[:4]]
-    assert titles == ["layers\n6 → 4", "KV heads 4 → 3", "feed-forward 344 → 256", "hidden 128 → 96"]
-    assert fig.axes[2].get_xlim() == (0, 344)  # dimensions, not bins
+    titles = [ax.get_title("left").replace("\n", " ") for ax in fig.axes[:4]]
+    assert titles == [
+        "layers 6 → 4",
+        "KV heads 4 → 3",
+        "feed-forward dimensions 344 → 256",
+        "hidden dimensions 128 → 96",
+    ]
+    assert fig.axes[2].get_xlim() == (-0.5, 343.5)  # dimensions, not bins
 
 
 @pytest.mark.parametrize("left", [["hidden"], ["head", "ffn"], ["layer"], []])
@@ -281,29 +342,34 @@ def test_comparison(tmp_path):
     fig = plot.comparison_figure([plot.read_metrics(write(tmp_path / n, r)) for n, r in (("a", a), ("b", b))])
     left, right = fig.axes
     both = ["cpp", "python"]
-    for name, lines in (("toy_prune", a), ("toy_continue", b)):
+    ends = {}
+    for name, lines in (("a", a), ("b", b)):
         losses = np.array([column(evals(lines), "bits_per_byte", d) for d in both])
-        assert np.allclose(find(left, f"mean {name}").get_ydata(), losses.mean(0))
-        assert np.allclose(find(left, f"max {name}").get_ydata(), losses.max(0))
-        assert np.allclose(find(left, f"mean {name}").get_xdata(), column(evals(lines), "tokens") / 1e3)
-    for bars, lines in zip(right.containers, (a, b)):
-        ends = [lines[-1]["bits_per_byte"][d] for d in both]
-        assert np.allclose([bar.get_width() for bar in bars], [*ends, np.mean(ends)])
+        assert np.allclose(find(left, f"average {name}").get_ydata(), losses.mean(0))
+        assert np.allclose(find(left, f"worst domain {name}").get_ydata(), losses.max(0))
+        assert np.allclose(find(left, f"average {name}").get_xdata(), column(evals(lines), "tokens"))
+        ends[name] = [lines[-1]["bits_per_byte"][d] for d in both]
+        assert np.allclose(find(right, f"final {name}").get_xdata(), [*ends[name], np.mean(ends[name])])
+    fig.draw_without_rendering()
     assert [t.get_text() for t in right.get_yticklabels()] == [*both, "average"]
-    assert left.get_xlabel() == "tokens (thousands)"
+    assert left.get_xlabel() == "tokens" and "800k" in [t.get_text() for t in left.get_xticklabels()]
     assert left.get_ylabel() == right.get_xlabel() == "validation loss (bits per byte)"
-    assert {"toy_prune (prune)", "toy_continue (continue)"} <= set(texts(fig))
+    assert {"a (prune)", "b (continue)"} <= set(texts(fig))
+    best = min(ends, key=lambda name: np.mean(ends[name])), min(ends, key=lambda name: np.max(ends[name]))
+    assert fig.get_suptitle() == "lowest average: {}; lowest worst domain: {} (domains in common: 2)".format(*best)
 
 
-def test_comparison_without_bits_per_byte_and_with_equal_names(tmp_path):
+def test_comparison_without_bits_per_byte_and_with_equal_names(tmp_path, monkeypatch):
     lines = list(records(stop=100))
     for e in evals(lines):
         e["bits_per_byte"] = dict.fromkeys(TOY)
-    runs = [plot.read_metrics(write(tmp_path / n, r)) for n, r in (("dro", lines), ("constant", records()))]
-    fig = plot.comparison_figure(runs)
-    assert plot.run_names(runs) == ["dro", "constant"]
-    assert np.allclose(find(fig.axes[0], "mean dro").get_ydata()[-1], np.mean(list(evals(lines)[-1]["loss"].values())))
-    assert fig.axes[0].get_ylabel() == "validation loss (nats/token)"
+    write(tmp_path / "dro/run", lines)
+    write(tmp_path / "constant/run", records())
+    monkeypatch.chdir(tmp_path)
+    fig = plot.comparison_figure([plot.read_metrics("dro/run"), plot.read_metrics("constant/run")])
+    mean = find(fig.axes[0], "average dro/run").get_ydata()
+    assert np.allclose(mean[-1], np.mean(list(evals(lines)[-1]["loss"].values())))
+    assert find(fig.axes[0], "average constant/run") and fig.axes[0].get_ylabel() == "validation loss (nats/token)"
 
 
 def test_everything_optional_may_be_missing(tmp_path):
