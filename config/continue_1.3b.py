@@ -2,46 +2,20 @@
 
     torchrun --nproc_per_node=8 train.py config/continue_1.3b.py
 
-46 GiB a GPU on 8 (`--dry_run=True --world_size=8`).
+46 GiB a GPU on 8 (`--dry_run --world_size=8`).
 """
 
+base = "slimpajama.py"
 out = "out/continue_1.3b"
-data = "data/slimpajama"
-domains = [
-    "RedPajamaCommonCrawl",
-    "RedPajamaC4",
-    "RedPajamaGithub",
-    "RedPajamaBook",
-    "RedPajamaWikipedia",
-    "RedPajamaArXiv",
-    "RedPajamaStackExchange",
-]
 
 init_from = "out/prune_7b"
 
 steps = 48000
 batch_size = 256
 micro_batch = 4
-seq_len = 4096
-lr = 1e-4
 warmup = 1440
-dtype = "bfloat16"
-parallel = "fsdp"
-compile = True
 
-schedule = "dro"
-dynamic_reference = True
-dynamic_ratio = True
-ratio = {
-    "RedPajamaCommonCrawl": 0.67,
-    "RedPajamaC4": 0.15,
-    "RedPajamaGithub": 0.045,
-    "RedPajamaBook": 0.045,
-    "RedPajamaWikipedia": 0.045,
-    "RedPajamaArXiv": 0.025,
-    "RedPajamaStackExchange": 0.02,
-}
-reference_losses = {
+reference_losses = {  # as in prune_7b.py
     "RedPajamaCommonCrawl": 1.9643,
     "RedPajamaC4": 2.1251,
     "RedPajamaGithub": 0.7459,
@@ -52,5 +26,4 @@ reference_losses = {
 }
 
 eval_interval = 400
-eval_sequences = 64
 save_interval = 400

@@ -5,22 +5,13 @@
 3,200 steps of 32 x 4,096 tokens: 0.42B tokens. 38 GiB a GPU on 8, 17 with
 shard_gradients = True. Look before you rent:
 
-    python train.py config/prune_7b.py --dry_run=True --world_size=8 --gpu=h100
+    python train.py config/prune_7b.py --dry_run --world_size=8 --gpu=h100
 
 Then continue_1.3b.py: 50B tokens.
 """
 
+base = "slimpajama.py"
 out = "out/prune_7b"
-data = "data/slimpajama"
-domains = [
-    "RedPajamaCommonCrawl",
-    "RedPajamaC4",
-    "RedPajamaGithub",
-    "RedPajamaBook",
-    "RedPajamaWikipedia",
-    "RedPajamaArXiv",
-    "RedPajamaStackExchange",
-]
 
 init_from = "Llama-2-7b-hf"
 target_n_layer = 24
@@ -32,30 +23,13 @@ steps = 3200
 batch_size = 32
 gate_samples = 32
 micro_batch = 1
-seq_len = 4096
-lr = 1e-4
 warmup = 320
-dtype = "bfloat16"
-parallel = "fsdp"
 activation_checkpointing = True
-compile = True
 
 sparsity_warmup = 640
 gate_lr = 1.0  # log_alpha has some 9 to go, from its upper clamp to its lower one
 multiplier_lr = 1.0
 
-schedule = "dro"
-dynamic_reference = True
-dynamic_ratio = True
-ratio = {
-    "RedPajamaCommonCrawl": 0.67,
-    "RedPajamaC4": 0.15,
-    "RedPajamaGithub": 0.045,
-    "RedPajamaBook": 0.045,
-    "RedPajamaWikipedia": 0.045,
-    "RedPajamaArXiv": 0.025,
-    "RedPajamaStackExchange": 0.02,
-}
 # what Sheared LLaMA's scaling law says a 1.3B model should reach
 reference_losses = {
     "RedPajamaCommonCrawl": 1.9643,
@@ -68,5 +42,4 @@ reference_losses = {
 }
 
 eval_interval = 50
-eval_sequences = 64
 save_interval = 200

@@ -410,6 +410,18 @@ def test_config_files_are_read_and_never_executed(tmp_path):
         assert words in str(error.value)
 
 
+def test_a_config_may_start_from_another(tmp_path):
+    (tmp_path / "first.py").write_text("steps = 20\nlr = 1\n")
+    (tmp_path / "second.py").write_text('base = "first.py"\nlr = 2\n')
+    s = load(Settings, ["--seed", "3", str(tmp_path / "second.py"), "--compile", "--batch-size", "4"])
+    assert (s.steps, s.lr, s.seed, s.compile, s.batch_size) == (20, 2.0, 3, True, 4)
+    (tmp_path / "first.py").write_text('base = "second.py"\n')
+    (tmp_path / "third.py").write_text('base = "fourth.py"\n')
+    for name, words in (("second.py", "leads back to this file"), ("third.py", "fourth.py: no such config file")):
+        with pytest.raises(ValueError, match=words):
+            load(Settings, [str(tmp_path / name)])
+
+
 def test_help_names_every_setting_with_its_meaning(capsys):
     with pytest.raises(SystemExit):
         load(Settings, ["--help"])
@@ -424,6 +436,8 @@ def test_help_names_every_setting_with_its_meaning(capsys):
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "config").glob("*.py")))
 def test_every_shipped_config_loads(config):
     s = load(Settings, [str(ROOT / "config" / config)])
+    if config == "slimpajama.py":  # what others start from
+        return
     assert s.out == f"out/{config.removesuffix('.py')}"
     if s.stage != "pretrain":
         assert (s.schedule, s.dynamic_reference, s.dynamic_ratio) == ("dro", True, True)  # the full method by default
