@@ -3,15 +3,23 @@
     python eval.py out/toy_prune out/toy_continue --data data/demo --continuation
     python eval.py my_llama --data data/mine --continuation --questions books.jsonl code.jsonl
 
-A question is a stretch of a domain's text; the choices are what follows, and as many tokens from elsewhere in the same
-domain. The model answers with the choice whose tokens it finds likelier on average. Chance is one half.
+A question is a stretch of a domain's text. One choice is what follows it. The other choice is as many tokens from
+elsewhere in the same domain. The model's answer is the choice whose tokens it finds likelier on average. A model that
+guesses is right in half of the cases.
 
     {"question": "...", "choice1": "...", "choice2": "...", "label": 0}     a line of a .jsonl file; label: index of the
                                                                             true choice, from 0 (or 1 and 2)
+
+A choice is scored as in lm-evaluation-harness. White space at the end of a question counts as the beginning of its
+choices, since most tokenizers put a space into the token of the word after it. `question + choice` is cut into tokens
+as one text, and what comes after the question's own tokens is scored. Where the tokenizer merges the end of the
+question with the choice ("France is" + "n't" may end in the token "isn't"), the score begins at the first token that
+differs from the question's own, so that all of the choice is in it. Such questions are counted.
 """
 
 import json
 import math
+import statistics
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +28,12 @@ import numpy as np
 import torch
 
 from model import Llama
-from plumbing import parallel, randomness
+from plumbing import parallel
 from plumbing.data import TokenData
 from plumbing.tokenizer import Tokenizer
 
 PREFIX, LENGTH = 96, 32  # tokens of a question, and of each choice
+QUESTIONS = 5  # tag of the random stream, see data.py
 
 
 class Question(NamedTuple):
@@ -36,6 +45,9 @@ class Question(NamedTuple):
     label: int
 
 
+# -- questions: made from text, in files ----------------------------------------------------------------------------
+
+
 def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: str, n: int, seed: int) -> list[Question]:
     """Up to n questions from a domain's text, the same for the same seed. ValueError where the text has none.
 
@@ -45,42 +57,45 @@ def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: st
     tokens = data.tokens(domain, split)
     # val and test are windows of a held-out pool, in turn: only within one does the text go on
     window = len(tokens) if split == "train" else min(data.meta["window"], len(tokens))
-    rng = randomness.generator(seed, randomness.QUESTIONS, zlib.crc32(domain.encode()))
-    found, used = [], set()
+    rng = np.random.default_rng([seed, QUESTIONS, zlib.crc32(domain.encode())])
 
     def draw(size: int) -> int:
+        """Where a stretch of `size` tokens begins that lies within one window."""
         return int(window * rng.integers(len(tokens) // window) + rng.integers(window - size + 1))
 
-    for _ in range(50 * n if window >= PREFIX + LENGTH else 0):
+    found, used = [], set()
+    tries = 50 * n if window >= PREFIX + LENGTH else 0
+    for _ in range(tries):
         start, other = draw(PREFIX + LENGTH), draw(LENGTH)
         ids, wrong = tokens[start : start + PREFIX + LENGTH].tolist(), tokens[other : other + LENGTH].tolist()
         overlap = abs(other - start - PREFIX) < LENGTH or wrong == ids[PREFIX:]
         if overlap or start in used or data.eot in ids + wrong:
             continue
         question, true, false = (tokenizer.decode(x) for x in (ids[:PREFIX], ids[PREFIX:], wrong))
-        whole = all(
-            tokenizer.encode(text).tolist() == expected
-            for text, expected in (
-                (question, ids[:PREFIX]),
-                (question + true, ids),
-                (question + false, ids[:PREFIX] + wrong),
-            )
-        )
-        if whole and not question[-1].isspace():  # which some harnesses move into the choices
-            label = int(rng.integers(2))
-            found.append(Question(question, *((true, false) if label == 0 else (false, true)), label))
-            used.add(start)
-            if len(found) == n:
-                break
+        expected = (question, ids[:PREFIX]), (question + true, ids), (question + false, ids[:PREFIX] + wrong)
+        if any(tokenizer.encode(text).tolist() != tokens_of_it for text, tokens_of_it in expected):
+            continue  # the tokenizer cuts the text at other places than here
+        if question[-1].isspace():  # it would belong to the choices
+            continue
+        label = int(rng.integers(2))
+        choices = (true, false) if label == 0 else (false, true)
+        found.append(Question(question, *choices, label))
+        used.add(start)
+        if len(found) == n:
+            break
     if not found:
         raise ValueError(
             f"{data.path}: {split} of domain {domain} has no document with {PREFIX + LENGTH} tokens in a row to ask for"
         )
+    if all(q.label == 1 for q in found):  # a file of these would not say whether its labels begin at 0
+        q = found[0]
+        found[0] = Question(q.question, q.choice2, q.choice1, 0)
     return found
 
 
 def read_questions(file: Path) -> list[Question]:
-    """The questions of a .jsonl file. ValueError names the line that is none."""
+    """The questions of a .jsonl file, with labels from 0. ValueError names the line that is none, and refuses labels
+    that can be read in two ways."""
     found = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -96,9 +111,16 @@ def read_questions(file: Path) -> list[Question]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}:{number}: not a question ({error})") from None
     labels = {q.label for q in found}
+    if labels == {1}:
+        raise ValueError(
+            f"{file}: all labels are 1, which is the second choice where labels begin at 0 and the first where they "
+            "begin at 1: swap the choices of one question and set its label to 0 or 2"
+        )
     if not found or not (labels <= {0, 1} or labels <= {1, 2}):
         raise ValueError(f"{file}: labels must be 0 and 1, or 1 and 2, not {sorted(labels)}")
-    return [q._replace(label=q.label - 1) for q in found] if 2 in labels else found
+    if 2 in labels:
+        return [q._replace(label=q.label - 1) for q in found]
+    return found
 
 
 def write_questions(file: Path, questions: list[Question]) -> None:
@@ -106,34 +128,128 @@ def write_questions(file: Path, questions: list[Question]) -> None:
     file.write_text("".join(json.dumps(q._asdict(), ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
 
 
+def make_or_read(
+    data: TokenData, tokenizer: Tokenizer, split: str, n: int, seed: int, files: list[str] | None
+) -> dict[str, list[Question]]:
+    """Domain -> questions: n made from the text of each domain, or those of `files`, each of which is a domain that has
+    the file's name. ValueError, see `make_questions` and `read_questions`."""
+    if files is None:
+        return {domain: make_questions(data, tokenizer, domain, split, n, seed) for domain in data.domains}
+    if len({Path(file).stem for file in files}) < len(files):
+        raise ValueError("--questions: two files of one name would be one domain")
+    return {Path(file).stem: read_questions(Path(file)) for file in files}
+
+
+def write_all(folder: str, questions: dict[str, list[Question]]) -> None:
+    """A .jsonl file per domain."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for domain, asked in questions.items():
+        write_questions(Path(folder) / f"{domain}.jsonl", asked)
+
+
+# -- questions as tokens --------------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """Token ids of a question and one of its choices; the likelihood of the last `scored` ids counts."""
+
+    ids: list[int]
+    scored: int
+
+
+class EncodedQuestion(NamedTuple):
+    """A question as tokens. merged: the tokenizer joins the end of the question to a choice."""
+
+    choices: tuple[Choice, Choice]
+    label: int
+    merged: bool
+
+
+def encode(tokenizer: Tokenizer, q: Question) -> EncodedQuestion:
+    """A question as tokens, see the top of the file. ValueError where the tokenizer leaves nothing of a choice."""
+    context = tokenizer.encode(q.question.rstrip()).tolist()
+    choices, merged = [], False
+    for text in (q.choice1, q.choice2):
+        ids = tokenizer.encode(q.question + text).tolist()
+        shared = 0
+        while shared < min(len(context), len(ids)) and ids[shared] == context[shared]:
+            shared += 1
+        if shared == len(ids):
+            raise ValueError(f"the tokenizer makes no token of the choice {text!r}")
+        if shared < len(context):
+            merged = True
+        start = start_of_text(tokenizer, ids[:shared])
+        choices.append(Choice(start + ids, len(ids) - shared))
+    return EncodedQuestion(tuple(choices), q.label, merged)
+
+
+def start_of_text(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """What stands before the token ids of a text that a model is given: the BOS token (beginning of sequence) where the
+    tokenizer has one, else nothing. But a model needs a token to go on from: without BOS an empty text gets the end
+    token, after which any document may begin."""
+    bos = getattr(tokenizer, "bos", None)
+    if bos is not None:
+        return [bos]
+    if not ids:
+        return [tokenizer.eot]
+    return []
+
+
+# -- scores ---------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def log_likelihoods(model: Llama, tokenizer: Tokenizer, questions: list[Question], batch_size: int) -> np.ndarray:
-    """Mean log-likelihood of each choice's tokens after the question, nats, (n, 2). The choice's tokens are those that
-    question + choice has beyond the question's own; what is too long for the model loses its beginning."""
-    longest, rows = model.config.max_seq_len + 1, []
-    for q in questions:
-        context = tokenizer.encode(q.question).tolist()
-        for choice in (q.choice1, q.choice2):
-            ids = tokenizer.encode(q.question + choice).tolist()
-            scored = min(max(1, len(ids) - len(context)), longest - 1)
-            rows.append((([tokenizer.eot] * (len(ids) <= scored) + ids)[-longest:], scored))
-    device, means = parallel.local(model.embed_tokens.weight).device, np.empty(len(rows))
-    order = np.argsort([-len(ids) for ids, _ in rows], kind="stable")  # of like length together: less padding
+def log_likelihoods(model: Llama, questions: list[EncodedQuestion], batch_size: int) -> np.ndarray:
+    """Mean log-likelihood per token of each choice after its question, nats, (n, 2). What is too long for the model
+    loses its beginning."""
+    longest = model.config.max_seq_len + 1  # the last token is only a target
+    choices = [Choice(c.ids[-longest:], min(c.scored, longest - 1)) for q in questions for c in q.choices]
+    device, means = parallel.local(model.embed_tokens.weight).device, np.empty(len(choices))
+    order = np.argsort([-len(c.ids) for c in choices], kind="stable")  # of like length together: less padding
     for part in np.split(order, range(batch_size, len(order), batch_size)):
-        width = max(len(rows[i][0]) for i in part)
-        tokens = torch.full((len(part), width), tokenizer.eot, device=device)
-        weight = torch.zeros(len(part), width - 1, dtype=torch.float64, device=device)
-        for row, i in enumerate(part):
-            ids, scored = rows[i]
-            tokens[row, : len(ids)] = torch.tensor(ids)
-            weight[row, len(ids) - 1 - scored : len(ids) - 1] = 1 / scored
-        nll = model(tokens[:, :-1], targets=tokens[:, 1:])  # what is right of the text changes nothing in it
+        width = max(len(choices[i].ids) for i in part)
+        tokens = torch.zeros(len(part), width, dtype=torch.int64)  # what is right of the text changes nothing in it
+        weight = torch.zeros(len(part), width - 1, dtype=torch.float64)
+        for j, i in enumerate(part):
+            ids, scored = choices[i]
+            tokens[j, : len(ids)] = torch.tensor(ids)
+            weight[j, len(ids) - 1 - scored : len(ids) - 1] = 1 / scored
+        tokens, weight = tokens.to(device), weight.to(device)
+        nll = model(tokens[:, :-1], targets=tokens[:, 1:])  # (B, T)
         means[part] = -(nll.double() * weight).sum(1).cpu().numpy()
     return means.reshape(-1, 2)
 
 
-def accuracy(means: np.ndarray, questions: list[Question]) -> dict:
+def answer(
+    models: dict[str, Llama], questions: dict[str, list[EncodedQuestion]], batch_size: int
+) -> dict[str, dict[str, dict]]:
+    """Model name -> domains and their average, each with accuracy and standard error."""
+    results = {}
+    for name, model in models.items():
+        domains = {}
+        for domain, asked in questions.items():
+            domains[domain] = accuracy(log_likelihoods(model, asked, batch_size), asked)
+        results[name] = {"domains": domains, "average": average(domains)}
+    return results
+
+
+def accuracy(means: np.ndarray, questions: list[EncodedQuestion]) -> dict:
     """Share of right answers with its binomial standard error, and the answers."""
     answers = means.argmax(1)
     p, n = float(np.mean(answers == [q.label for q in questions])), len(questions)
-    return {"accuracy": p, "standard_error": math.sqrt(p * (1 - p) / n), "questions": n, "answers": answers.tolist()}
+    return {
+        "accuracy": p,
+        "standard_error": math.sqrt(p * (1 - p) / n),
+        "questions": n,
+        "merged": sum(q.merged for q in questions),
+        "answers": answers.tolist(),
+    }
+
+
+def average(domains: dict[str, dict]) -> dict[str, float]:
+    """Mean of the domains' accuracies, and its standard error."""
+    errors = [d["standard_error"] for d in domains.values()]
+    return {
+        "accuracy": statistics.fmean(d["accuracy"] for d in domains.values()),
+        "standard_error": math.sqrt(sum(error**2 for error in errors)) / len(errors),
+    }

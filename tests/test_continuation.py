@@ -1,11 +1,14 @@
 """Two-choice continuations: the questions are what they say, the scores are those of transformers."""
 
 import json
+import random
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
+from conftest import DOMAINS, grammar_text
 from test_eval import run
 
 from model import Llama
@@ -14,13 +17,14 @@ from plumbing.continuation import (
     PREFIX,
     Question,
     accuracy,
+    encode,
     log_likelihoods,
     make_questions,
     read_questions,
     write_questions,
 )
 from plumbing.data import TokenData
-from plumbing.tokenizer import load_tokenizer
+from plumbing.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 
 def test_questions_are_the_text_and_what_follows_it(tiny_data):
@@ -78,10 +82,11 @@ def test_log_likelihoods_are_transformers(chain):
         Question("3+4=7;" * 30, "5+5=10;", "ten owls eat mice .\n", 1),
         Question("日本", "語", "x", 1),
     ]
-    means = log_likelihoods(model, tokenizer, questions, batch_size=3)
+    means = log_likelihoods(model, [encode(tokenizer, q) for q in questions], batch_size=3)
     for q, row in zip(questions, means):
         for choice, mean in zip((q.choice1, q.choice2), row):
-            context, rest = tokenizer.encode(q.question).tolist() or [tokenizer.eot], tokenizer.encode(choice).tolist()
+            context = tokenizer.encode(q.question.rstrip()).tolist() or [tokenizer.eot]
+            rest = tokenizer.encode(q.question[len(q.question.rstrip()) :] + choice).tolist()
             ids = torch.tensor([context + rest])[:, -65:]
             with torch.no_grad():
                 log_p = theirs(ids[:, :-1]).logits[0].log_softmax(-1)
@@ -89,24 +94,130 @@ def test_log_likelihoods_are_transformers(chain):
             assert mean == pytest.approx(expected, rel=1e-4)
 
 
-class OneToken:
-    """A tokenizer to which one text is one token."""
+SENTENCES = [
+    "The capital of France is Paris.",
+    "The capital of Italy is Rome.",
+    "She is unhappy about rain.",
+    "un in, out",
+]
 
-    eot = 256
 
-    def encode(self, text):
-        return np.array([7]) if text == "ab" else np.frombuffer(text.encode(), np.uint8).astype(int)
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """(our tokenizer, our model, the same model in transformers): a trained byte-level BPE to which each word of
+    SENTENCES with the space before it is one token, and a random Llama of 24 positions."""
+    path = tmp_path_factory.mktemp("bpe")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = [grammar_text(domain, 2000, random.Random(0)) for domain in DOMAINS]
+    tokenizer.train_from_iterator(SENTENCES * 50 + text, trainer)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=24, initializer_range=0.3,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(path)
+    return HuggingFaceTokenizer("bpe", path / "tokenizer.json"), Llama.from_pretrained(path), theirs
 
 
-def test_a_choice_that_the_tokenizer_joins_to_the_question_is_scored(chain):
-    model = Llama.from_pretrained(chain[0]["pretrain"] / "model")
-    means = log_likelihoods(model, OneToken(), [Question("a", "b", "c", 0)], batch_size=2)
-    log_p = model(torch.tensor([[256]]))[0, 0].log_softmax(-1)
-    assert means[0, 0] == pytest.approx(log_p[7].item(), rel=1e-5) and means[0, 1] < 0
+def log_p_of_last(theirs, ids, scored):
+    """Mean log-probability of the last `scored` ids by transformers, one text at a time, not padded."""
+    ids = torch.tensor([ids])[:, -theirs.config.max_position_embeddings - 1 :]
+    with torch.no_grad():
+        log_p = theirs(ids[:, :-1]).logits[0].log_softmax(-1)
+    return log_p.gather(1, ids[0, 1:, None])[-scored:].mean().item()
+
+
+SCORED = [  # question, choice, the tokens that must be scored, whether the question's own tokens are merged away
+    ("The capital of France is", " Paris.", [" Paris", "."], False),
+    ("The capital of France is ", "Paris.", [" Paris", "."], False),  # the space belongs to the choice
+    ("The capital of France is ", "Rome.", [" Rome", "."], False),
+    ("She is un", "happy about", [" unhappy", " about"], True),
+    ("", "The capital", ["The", " capital"], False),
+    (" ", "capital", [" capital"], False),
+]
+
+
+def test_all_of_a_choice_is_scored(bpe):
+    """Also where the question ends with a space, and where the tokenizer merges its end with the choice."""
+    tokenizer, model, theirs = bpe
+    vocabulary = tokenizer.tokenizer.get_vocab()
+    for question, choice, expected, merged in SCORED:
+        encoded = encode(tokenizer, Question(question, choice, "out", 0))
+        ids, scored = encoded.choices[0]
+        assert [tokenizer.decode([i]) for i in ids[-scored:]] == expected
+        if question.strip():
+            assert ids == tokenizer.encode(question + choice).tolist()
+        else:
+            assert ids == [vocabulary["</s>"], *tokenizer.encode(question + choice).tolist()]
+        assert encode(tokenizer, Question(question, choice, choice, 0)).merged == merged
+        mean = log_likelihoods(model, [encoded], batch_size=2)[0, 0]
+        assert mean == pytest.approx(log_p_of_last(theirs, ids, len(expected)), rel=1e-4)
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+def test_scores_are_those_of_lm_evaluation_harness(bpe, monkeypatch, bos):
+    """Text cut at any character, in batches, some of it too long for the model. Where nothing merges the tokens are
+    those of the harness's `_encode_pair`; where something does, all of the choice is in the tokens that are scored."""
+    tokenizer, model, theirs = bpe
+    monkeypatch.setattr(tokenizer, "bos", bos, raising=False)
+    rng = random.Random(1)
+    text = " ".join(rng.choice(SENTENCES) for _ in range(200))
+    questions = []
+    for _ in range(60):
+        start, length = rng.randrange(len(text) - 300), rng.randrange(1, 200)
+        end = start + length
+        choices = (text[end : end + rng.randrange(1, 60)] for _ in range(2))
+        questions.append(Question(text[start:end], *choices, 0))
+    encoded = [encode(tokenizer, q) for q in questions]
+    means = log_likelihoods(model, encoded, batch_size=7)
+    lengths, merges = set(), 0
+    for q, asked, of_question in zip(questions, encoded, means):
+        merged = False
+        for choice, (ids, scored), mean in zip((q.choice1, q.choice2), asked.choices, of_question):
+            spaces = q.question[len(q.question.rstrip()) :]
+            context, continuation = q.question[: len(q.question) - len(spaces)], spaces + choice
+            whole, own = (tokenizer.encode(x).tolist() for x in (context + continuation, context))
+            if whole[: len(own)] == own:
+                assert scored == len(whole) - len(own)
+            else:
+                merged = True
+                assert tokenizer.decode(ids[-scored:]).endswith(continuation)
+            prefix = [bos] if bos is not None else [tokenizer.eot] if scored == len(whole) else []
+            assert ids == prefix + whole
+            lengths.add(len(ids))
+            assert mean == pytest.approx(log_p_of_last(theirs, ids, min(scored, 24)), rel=1e-4)
+        assert asked.merged == merged
+        merges += merged
+    assert 5 < merges < 55 and min(lengths) < 24 < 30 < max(lengths)
+
+
+def test_a_choice_without_tokens_is_refused(bpe):
+    class Strips:
+        """A tokenizer that drops white space."""
+
+        eot = 256
+
+        def encode(self, text):
+            return np.frombuffer(text.strip().encode(), np.uint8).astype(int)
+
+    with pytest.raises(ValueError, match="makes no token of the choice ' '"):
+        encode(Strips(), Question("a", "b", " ", 0))
 
 
 def test_accuracy_and_its_error():
     questions = [Question("q", "a", "b", label) for label in (0, 0, 1, 1)]
+    questions = [encode(load_tokenizer("byte"), q) for q in questions]
     result = accuracy(np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [-5.0, -1.0]]), questions)
     assert result["accuracy"] == 0.75 and result["answers"] == [0, 1, 1, 1]
     assert result["standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
@@ -119,6 +230,9 @@ def test_files_of_questions(tmp_path):
     one_based = [json.dumps(q._asdict() | {"label": q.label + 1, "source": "x"}) for q in questions]
     (tmp_path / "one.jsonl").write_text("\n".join(one_based))
     assert read_questions(tmp_path / "one.jsonl") == questions
+    for label, ours in ((0, 0), (2, 1)):  # labels that can be read in one way only
+        (tmp_path / "same.jsonl").write_text(json.dumps(questions[0]._asdict() | {"label": label}))
+        assert read_questions(tmp_path / "same.jsonl") == [questions[0]._replace(label=ours)]
     for text, words in (
         ('{"question": "a", "choice1": "b", "label": 0}', "bad.jsonl:1: not a question .*choice2"),
         ('\n{"question": "a", "choice1": "b", "choice2": "", "label": 0}', "bad.jsonl:2: .*no choice may be empty"),
@@ -127,11 +241,26 @@ def test_files_of_questions(tmp_path):
         ('{"question": "a", "choice1": "b", "choice2": "c", "label": Infinity}', "bad.jsonl:1: .* a whole number"),
         ('{"question": "a", "choice1": "\\ud800", "choice2": "c", "label": 0}', "bad.jsonl:1: not a question"),
         ("[" * 100_000, "bad.jsonl:1: not a question"),
+        (
+            '{"question": "a", "choice1": "b", "choice2": "c", "label": 1}\n' * 2,
+            "all labels are 1, .* swap the choices",
+        ),
         ("", "labels must be"),
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(ValueError, match=words):
             read_questions(tmp_path / "bad.jsonl")
+
+
+def test_what_is_written_can_be_read(tiny_data, tmp_path):
+    """A single question, too, whose label must not be 1."""
+    data, tokenizer = TokenData(tiny_data), load_tokenizer("byte")
+    for seed in range(6):
+        questions = make_questions(data, tokenizer, "sums", "train", 1, seed)
+        write_questions(tmp_path / "q.jsonl", questions)
+        assert read_questions(tmp_path / "q.jsonl") == questions
+        text = tokenizer.decode(data.tokens("sums", "train"))
+        assert questions[0].question + questions[0].choice1 in text
 
 
 def test_the_command(chain, tiny_data, tmp_path, monkeypatch, capsys):
@@ -145,6 +274,7 @@ def test_the_command(chain, tiny_data, tmp_path, monkeypatch, capsys):
     rows = first[str(models[0])]
     assert rows["domains"]["sums"]["questions"] == 30 and rows["average"]["accuracy"] > 0.5
     assert rows["average"]["accuracy"] == pytest.approx(np.mean([d["accuracy"] for d in rows["domains"].values()]))
+    assert "In 0 of 90 questions the tokenizer merges" in table and rows["domains"]["sums"]["merged"] == 0
     assert f"{100 * rows['average']['accuracy']:.1f} ± {100 * rows['average']['standard_error']:.1f}" in table
     files = sorted(tmp_path.glob("*.jsonl"))
     assert [f.stem for f in files] == TokenData(tiny_data).domains

@@ -10,7 +10,9 @@ from conftest import metrics
 
 import eval as eval_module
 from experiments import bench
+from plumbing import tables
 from plumbing.data import TokenData
+from plumbing.tokenizer import load_tokenizer
 from prepare_data import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,8 +65,35 @@ def test_a_domain_may_be_called_average():
     rows = [{"loss": x, "perplexity": 1.0, "bits_per_byte": 1.0, "degradation": 0.0} for x in (9.0, 5.0, 7.0)]
     result = {"domains": {"average": rows[0]}, "average": rows[1], "worst": rows[2]}
     result |= {"parameters": 1, "prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
-    shown = [line.split()[:2] for line in eval_module.table({"m": result}).splitlines()[2:5]]
+    shown = [line.split()[:2] for line in tables.loss_table({"m": result}).splitlines()[2:5]]
     assert shown == [["average", "9.000"], ["average", "5.000"], ["worst", "7.000"]]
+
+
+def test_help_is_in_groups(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for title in ("text:", "two-choice questions", "a sample", "machine:", "results:"):
+        assert f"\n{title}" in text
+    assert "--device" in text.partition("\nmachine:")[2]
+
+
+def test_a_sample_begins_with_bos(chain, tiny_data, monkeypatch, capsys):
+    """Where the tokenizer has one; without BOS an empty text begins with the end token. Neither is printed."""
+    prompts = []
+
+    def generate(self, tokens, n, temperature, seed):
+        prompts.append(tokens[0].tolist())
+        return tokens
+
+    monkeypatch.setattr(eval_module.Llama, "generate", generate)
+    tokenizer = load_tokenizer("byte")
+    monkeypatch.setattr(eval_module, "load_tokenizer", lambda spec: tokenizer)
+    for bos in (None, 1):
+        monkeypatch.setattr(tokenizer, "bos", bos, raising=False)
+        for text in ("ab", ""):
+            assert run(monkeypatch, chain[0]["pretrain"], f"--data={tiny_data}", f"--sample={text}") == 0
+            assert capsys.readouterr().out.splitlines()[1:] == [text]
+    assert prompts == [[97, 98], [256], [1, 97, 98], [1]]
 
 
 def test_a_sample_continues_the_text(chain, tiny_data, monkeypatch, capsys):
@@ -83,6 +112,7 @@ MISTAKES = {
     "an empty run": (["EMPTY"], "has no model and no checkpoint yet"),
     "too long": (["MODEL", "--seq_len=999"], "the models take 1 to 64 tokens"),
     "misspelt": (["MODEL", "--sequence_number=3"], "unrecognized arguments"),
+    "no number of questions": (["MODEL", "--continuation", "--sequences=0"], "questions need a number"),
     "no data": (["MODEL", "--data=data/nothing"], "no data set there"),
 }
 
