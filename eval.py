@@ -22,9 +22,11 @@ import statistics
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from model import Gates, KVCache, Llama
 from plumbing import parallel
@@ -32,12 +34,12 @@ from plumbing.checkpoint import check_tokenizer, load_model
 from plumbing.command_line import Parser, user_errors
 from plumbing.continuation import answer, encode, make_or_read, start_of_text, write_all
 from plumbing.data import TokenData
-from plumbing.tables import answer_table, loss_table
+from plumbing.tables import answer_table, loss_table, time_left
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
 
-QUESTIONS_A_DOMAIN = 200  # unless --sequences is given
+SEQUENCES_A_DOMAIN, QUESTIONS_A_DOMAIN = 256, 200  # unless --sequences is given
 PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens generated, times measured
 
 
@@ -53,12 +55,13 @@ def domain_losses(
     sequences: int,
     batch_size: int,
     z: Gates | None = None,
+    progress: tqdm | None = None,
 ) -> dict[str, float]:
     """Domain -> mean cross entropy in nats per token, over `sequences` sequences of seq_len tokens. They are spread
     evenly over the split; 0 means all of them.
 
-    Several processes share the sequences, and all get the same numbers. z: gates of the model. ValueError where
-    a domain's split is shorter than one sequence.
+    Several processes share the sequences, and all get the same numbers. z: gates of the model; progress: a bar that
+    counts this process's sequences. ValueError where a domain's split is shorter than one sequence.
     """
     device, rank, size = parallel.local(model.embed_tokens.weight).device, parallel.rank(), parallel.size()
     totals, tokens_seen = torch.zeros(len(data.domains), dtype=torch.float64, device=device), []
@@ -72,6 +75,8 @@ def domain_losses(
             exists = (part < n).to(device, non_blocking=True)
             nll = model(batch[:, :-1], z, targets=batch[:, 1:]).sum(1, dtype=torch.float64)  # (B,)
             total += torch.where(exists, nll, 0).sum()
+            if progress is not None:
+                progress.update(len(part))
         tokens_seen.append(n * seq_len)
     losses = parallel.sum_(totals).tolist()
     return {domain: loss / n for domain, loss, n in zip(data.domains, losses, tokens_seen)}
@@ -81,6 +86,12 @@ def bits_per_byte(losses: dict[str, float], data: TokenData, split: str) -> dict
     """Domain -> bits per byte of its text, from nats per token. Bytes per token are those of the whole split: they
     differ from sequence to sequence, and a few sequences would add that noise."""
     return {d: loss / math.log(2) / data.bytes_per_token(d, split) for d, loss in losses.items()}
+
+
+def coverage(data: TokenData, split: str, seq_len: int, sequences: int) -> dict[str, dict[str, int]]:
+    """Domain -> how many sequences `domain_losses` evaluates, and how many there are."""
+    available = {d: data.sequences(d, split, seq_len) for d in data.domains}
+    return {d: {"evaluated": min(sequences, n) or n, "available": n} for d, n in available.items()}
 
 
 def measures(losses: dict[str, float], first: dict[str, float], data: TokenData, split: str) -> dict[str, dict]:
@@ -110,13 +121,14 @@ def summary(domains: dict[str, dict]) -> dict[str, dict]:
 # -- speed ----------------------------------------------------------------------------------------------------------
 
 
-def speed(models: list[Llama]) -> list[dict[str, float]]:
+def speed(models: list[Llama], precision) -> list[dict[str, float]]:
     """Of each model: how many tokens a second it reads of a prompt (prefill) and writes after it (decode), batch 1.
-    Medians of several measurements, in which the models take turns."""
+    Medians of several measurements, in which the models take turns. `precision()` is the context to compute in."""
     measured = [[] for _ in models]
     for _ in range(REPEATS):
         for model, of_model in zip(models, measured):
-            of_model.append(speed_once(model))
+            with precision():
+                of_model.append(speed_once(model))
     return [
         {f"{kind}_tokens_per_second": statistics.median(once[kind] for once in of_model) for kind in of_model[0]}
         for of_model in measured
@@ -129,7 +141,7 @@ def speed_once(model: Llama) -> dict[str, float]:
     device = model.embed_tokens.weight.device
     length = min(PREFILL, model.config.max_seq_len)
     prompt = torch.arange(length, device=device)[None] % model.config.vocab_size
-    model(prompt)  # not measured: the first time is slower
+    model(prompt)  # not measured: what happens first only, such as the weights' bfloat16 copies
     cache = [KVCache(length + DECODE) for _ in model.layers]
     found = {}
     for kind, inputs in {"prefill": [prompt], "decode": [prompt[:, :1]] * DECODE}.items():
@@ -166,15 +178,20 @@ def main():
             questions = {domain: [encode(tokenizer, q) for q in of_domain] for domain, of_domain in asked.items()}
             if args.write_questions:
                 write_all(args.write_questions, asked)
+    # As in training, the weights stay float32. One context for each model: bfloat16 copies live as long as it does.
+    precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     if args.sample is not None:
-        print_samples(models, tokenizer, args)
+        print_samples(models, tokenizer, args, precision)
         return
-    report = {"data": args.data, "split": args.split}
+    report = {"data": args.data, "split": args.split, "dtype": args.dtype}
     if args.asking:
-        report["models"] = answer(models, questions, args.batch_size)
+        report["models"] = answer(models, questions, args.batch_size, precision)
         print(answer_table(report["models"]))
     else:
-        report["models"] = evaluate(models, data, args.split, args.seq_len, args.sequences, args.batch_size)
+        what = args.split, args.seq_len, args.sequences
+        report |= {"seq_len": args.seq_len, "sequences": coverage(data, *what)}
+        print_coverage(report)
+        report["models"] = evaluate(models, data, *what, args.batch_size, precision)
         print(loss_table(report["models"]))
     if args.json:
         with user_errors():
@@ -182,13 +199,15 @@ def main():
 
 
 def evaluate(
-    models: dict[str, Llama], data: TokenData, split: str, seq_len: int, sequences: int, batch_size: int
+    models: dict[str, Llama], data: TokenData, split: str, seq_len: int, sequences: int, batch_size: int, precision
 ) -> dict[str, dict]:
-    """Model name -> domains, average, worst, parameters, speed."""
-    speeds = speed(list(models.values()))
+    """Model name -> domains, average, worst, parameters, speed. `precision()` is the context to compute in."""
+    speeds = speed(list(models.values()), precision)
+    total = sum(n["evaluated"] for n in coverage(data, split, seq_len, sequences).values())
     losses = {}
     for name, model in models.items():
-        losses[name] = domain_losses(model, data, split, seq_len, sequences, batch_size)
+        with precision(), time_left(name, total, "sequences") as progress:
+            losses[name] = domain_losses(model, data, split, seq_len, sequences, batch_size, progress=progress)
     first = next(iter(losses.values()))
     results = {}
     for (name, model), fast in zip(models.items(), speeds):
@@ -197,21 +216,30 @@ def evaluate(
     return results
 
 
-def print_samples(models: dict[str, Llama], tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+def print_coverage(report: dict) -> None:
+    """What the losses are measured on, before that takes its time."""
+    counts = [f"{domain} {n['evaluated']:,} of {n['available']:,}" for domain, n in report["sequences"].items()]
+    print(f"{report['split']} split, {report['dtype']}, sequences of {report['seq_len']} tokens: {', '.join(counts)}")
+
+
+def print_samples(models: dict[str, Llama], tokenizer: Tokenizer, args: argparse.Namespace, precision) -> None:
     """The text of --sample as each model continues it."""
     ids = tokenizer.encode(args.sample).tolist()
     start = start_of_text(tokenizer, ids)
     for path, model in models.items():
         prompt = torch.tensor([start + ids], device=model.embed_tokens.weight.device)
-        out = model.generate(prompt, args.tokens, args.temperature, args.seed)[0].tolist()
+        with precision():
+            out = model.generate(prompt, args.tokens, args.temperature, args.seed)[0].tolist()
         print(f"--- {path}\n{tokenizer.decode(out[len(start) :])}")
 
 
 def fill_in_defaults(args: argparse.Namespace, data: TokenData, models: dict[str, Llama], device: torch.device) -> None:
     """Those that depend on something else."""
     args.asking = bool(args.continuation or args.questions or args.write_questions)
+    if args.dtype is None:
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if args.sequences is None:
-        args.sequences = QUESTIONS_A_DOMAIN if args.asking else 0
+        args.sequences = QUESTIONS_A_DOMAIN if args.asking else SEQUENCES_A_DOMAIN
     if args.seq_len == 0:
         longest = min(model.config.max_seq_len for model in models.values())
         shortest = min(data.tokens(domain, args.split).size for domain in data.domains)
@@ -262,7 +290,7 @@ def arguments() -> argparse.Namespace:
         metavar="N",
         help="How many sequences of each domain are evaluated, evenly spread over the split; 0 means all. With "
         "--continuation: how many questions of each domain are asked. "
-        f"Default: all sequences, {QUESTIONS_A_DOMAIN} questions.",
+        f"Default: {SEQUENCES_A_DOMAIN} sequences, {QUESTIONS_A_DOMAIN} questions.",
     )
 
     group = parser.add_argument_group("two-choice questions, instead of losses and speed")
@@ -294,6 +322,11 @@ def arguments() -> argparse.Namespace:
         "--device",
         default="auto",
         help="cpu, cuda, cuda:1 or the like. Default: auto, which is cuda if there is one, else cpu.",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="What matrix products are computed in; weights stay float32. Default: bfloat16 on cuda, float32 on cpu.",
     )
     group.add_argument(
         "--batch_size",

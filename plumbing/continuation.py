@@ -26,10 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from model import Llama
 from plumbing import parallel
 from plumbing.data import TokenData
+from plumbing.tables import time_left
 from plumbing.tokenizer import Tokenizer
 
 PREFIX, LENGTH = 96, 32  # tokens of a question, and of each choice
@@ -199,9 +201,11 @@ def start_of_text(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def log_likelihoods(model: Llama, questions: list[EncodedQuestion], batch_size: int) -> np.ndarray:
+def log_likelihoods(
+    model: Llama, questions: list[EncodedQuestion], batch_size: int, progress: tqdm | None = None
+) -> np.ndarray:
     """Mean log-likelihood per token of each choice after its question, nats, (n, 2). What is too long for the model
-    loses its beginning."""
+    loses its beginning. progress: a bar that counts choices."""
     longest = model.config.max_seq_len + 1  # the last token is only a target
     choices = [Choice(c.ids[-longest:], min(c.scored, longest - 1)) for q in questions for c in q.choices]
     device, means = parallel.local(model.embed_tokens.weight).device, np.empty(len(choices))
@@ -217,18 +221,23 @@ def log_likelihoods(model: Llama, questions: list[EncodedQuestion], batch_size: 
         tokens, weight = tokens.to(device), weight.to(device)
         nll = model(tokens[:, :-1], targets=tokens[:, 1:])  # (B, T)
         means[part] = -(nll.double() * weight).sum(1).cpu().numpy()
+        if progress is not None:
+            progress.update(len(part))
     return means.reshape(-1, 2)
 
 
 def answer(
-    models: dict[str, Llama], questions: dict[str, list[EncodedQuestion]], batch_size: int
+    models: dict[str, Llama], questions: dict[str, list[EncodedQuestion]], batch_size: int, precision
 ) -> dict[str, dict[str, dict]]:
-    """Model name -> domains and their average, each with accuracy and standard error."""
+    """Model name -> domains and their average, each with accuracy and standard error. `precision()` is the context to
+    compute in."""
+    choices = 2 * sum(len(asked) for asked in questions.values())
     results = {}
     for name, model in models.items():
         domains = {}
-        for domain, asked in questions.items():
-            domains[domain] = accuracy(log_likelihoods(model, asked, batch_size), asked)
+        with precision(), time_left(name, choices, "choices") as progress:
+            for domain, asked in questions.items():
+                domains[domain] = accuracy(log_likelihoods(model, asked, batch_size, progress), asked)
         results[name] = {"domains": domains, "average": average(domains)}
     return results
 

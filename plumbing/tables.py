@@ -1,4 +1,6 @@
-"""What eval.py shows: results as tables, with a line per domain and a block of columns per model."""
+"""What eval.py shows: results as tables, with a line per domain and a block of columns per model; and the time left."""
+
+from tqdm import tqdm
 
 # title, key in the results, width, decimals
 LOSS_COLUMNS = (
@@ -13,6 +15,7 @@ MODEL_LINES = (  # title, key in the results
     ("decode tokens/s", "decode_tokens_per_second"),
 )
 ANSWER_WIDTH = 30
+PATIENCE = 3  # seconds without a word about the time left
 
 
 def loss_table(results: dict[str, dict]) -> str:
@@ -59,3 +62,8 @@ def heading(results: dict[str, dict], width: int, block: int) -> str:
     room = block - 2
     names = [name if len(name) <= room else "…" + name[-room + 1 :] for name in results]
     return " " * width + "".join(f"{name:>{block}}" for name in names)
+
+
+def time_left(name: str, total: int, unit: str) -> tqdm:
+    """A bar on stderr that shows how much is done and how long the rest takes. What takes a moment only has none."""
+    return tqdm(desc=name, total=total, unit=f" {unit}", delay=PATIENCE, mininterval=1, leave=False)

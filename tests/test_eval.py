@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import metrics
+from conftest import run as train_run
 
 import eval as eval_module
 from experiments import bench
@@ -67,6 +68,83 @@ def test_a_domain_may_be_called_average():
     result |= {"parameters": 1, "prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0}
     shown = [line.split()[:2] for line in tables.loss_table({"m": result}).splitlines()[2:5]]
     assert shown == [["average", "9.000"], ["average", "5.000"], ["worst", "7.000"]]
+
+
+def test_a_limit_of_sequences_and_what_it_covers(chain, tiny_data, tmp_path, monkeypatch, capsys):
+    """Without --sequences a domain has at most 256 sequences; the report says how many there are."""
+    data, model = TokenData(tiny_data), chain[0]["pretrain"]
+    available = {d: (data.tokens(d, "train").size - 1) // 64 for d in data.domains}
+    assert min(available.values()) > 1000
+    calls = {"default": [], "five": ["--sequences", "5"], "all": ["--sequences=0", "--split=test"]}
+    found = {}
+    for name, args in calls.items():
+        file = tmp_path / f"{name}.json"
+        assert run(monkeypatch, model, "--data", tiny_data, "--split=train", *args, "--json", file) == 0
+        found[name] = json.loads(file.read_text())
+        text = capsys.readouterr().out
+        for domain, n in found[name]["sequences"].items():
+            assert f"{domain} {n['evaluated']:,} of {n['available']:,}" in text
+    assert found["default"]["sequences"] == {d: {"evaluated": 256, "available": n} for d, n in available.items()}
+    assert {n["evaluated"] for n in found["five"]["sequences"].values()} == {5}
+    assert all(n["evaluated"] == n["available"] for n in found["all"]["sequences"].values())
+    for name, result in found.items():
+        tokens = torch.from_numpy(
+            data.eval_sequences("sums", result["split"], 64, {"five": 5, "all": 0}.get(name, 256))
+        )
+        with torch.no_grad():
+            logits = eval_module.load_model(model)(tokens[:, :-1])
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+        (measured,) = result["models"].values()
+        assert measured["domains"]["sums"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bfloat16_is_autocast_as_in_training(chain, tiny_data, tmp_path, monkeypatch):
+    out, args = chain
+    losses = {}
+    for dtype in ("", "float32", "bfloat16"):
+        file = tmp_path / f"{dtype}.json"
+        given = [f"--dtype={dtype}"] if dtype else []
+        command = [out["pretrain"], f"--data={tiny_data}", "--split=val", "--sequences=4", f"--json={file}"]
+        assert run(monkeypatch, *command, *given) == 0
+        result = json.loads(file.read_text())
+        assert result["dtype"] == (dtype or "float32")  # the default on a CPU
+        losses[dtype] = {d: x["loss"] for d, x in result["models"][str(out["pretrain"])]["domains"].items()}
+    assert losses[""] == losses["float32"] != losses["bfloat16"]
+    # what train.py itself logs at the end of a run in bfloat16 that starts from this model and changes nothing in it
+    same = ["--dtype=bfloat16", "--steps=1", "--lr=0", f"--init_from={out['pretrain']}", f"--out={tmp_path / 'run'}"]
+    assert train_run(monkeypatch, f"--data={tiny_data}", *same) == 0
+    assert losses["bfloat16"] == pytest.approx(metrics(tmp_path / "run", "end")[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_the_default_dtype_of_a_device(device, dtype):
+    args = eval_module.argparse.Namespace(
+        continuation=False, questions=None, write_questions=None, dtype=None, sequences=1, seq_len=1
+    )
+    eval_module.fill_in_defaults(args, None, {}, torch.device(device))
+    assert args.dtype == dtype
+
+
+def test_the_time_left_is_shown_where_it_takes_long(chain, tiny_data, monkeypatch, capsys):
+    args = [chain[0]["pretrain"], f"--data={tiny_data}", "--sequences=6", "--batch_size=4"]
+    monkeypatch.setattr(tables, "PATIENCE", 60)
+    assert run(monkeypatch, *args) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(tables, "PATIENCE", 0)
+    for more, total in (([], "18"), (["--continuation", "--split=train"], "36")):  # three domains; two choices each
+        assert run(monkeypatch, *args, *more) == 0
+        shown = capsys.readouterr().err
+        assert f"0/{total} [" in shown and f"{chain[0]['pretrain']}: 100%" not in shown.split("\r")[1]
+
+    class Bar:
+        n = 0
+
+        def update(self, n):
+            self.n += n
+
+    bar, data = Bar(), TokenData(tiny_data)
+    eval_module.domain_losses(eval_module.load_model(args[0]), data, "test", 64, 6, 4, progress=bar)
+    assert bar.n == 18
 
 
 def test_help_is_in_groups(monkeypatch, capsys):
