@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from model import Gates, KVCache, Llama
 from plumbing import parallel
-from plumbing.checkpoint import check_tokenizer, load_model
 from plumbing.command_line import Parser, user_errors
 from plumbing.continuation import answer, encode, make_or_read, start_of_text, write_all
 from plumbing.data import TokenData
+from plumbing.models import check_tokenizer, load_model
 from plumbing.tables import answer_table, loss_table, time_left
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 
@@ -82,12 +82,6 @@ def domain_losses(
     return {domain: loss / n for domain, loss, n in zip(data.domains, losses, tokens_seen)}
 
 
-def bits_per_byte(losses: dict[str, float], data: TokenData, split: str) -> dict[str, float]:
-    """Domain -> bits per byte of its text, from nats per token. Bytes per token are those of the whole split: they
-    differ from sequence to sequence, and a few sequences would add that noise."""
-    return {d: loss / math.log(2) / data.bytes_per_token(d, split) for d, loss in losses.items()}
-
-
 def coverage(data: TokenData, split: str, seq_len: int, sequences: int) -> dict[str, dict[str, int]]:
     """Domain -> how many sequences `domain_losses` evaluates, and how many there are."""
     available = {d: data.sequences(d, split, seq_len) for d in data.domains}
@@ -96,7 +90,7 @@ def coverage(data: TokenData, split: str, seq_len: int, sequences: int) -> dict[
 
 def measures(losses: dict[str, float], first: dict[str, float], data: TokenData, split: str) -> dict[str, dict]:
     """Domain -> all that its loss says. `first`: the losses of the model that this one is compared with."""
-    bits, first_bits = bits_per_byte(losses, data, split), bits_per_byte(first, data, split)
+    bits, first_bits = data.bits_per_byte(losses, split), data.bits_per_byte(first, split)
     return {
         d: {
             "loss": losses[d],

@@ -1,21 +1,21 @@
 """What a first reading of the code skips, one concept a file.
 
-    settings      the settings of a run: what they are, what they may be
-    command_line  config files and options to values; how a mistake ends
-    randomness    the random streams: what each is for, what it is keyed by
-    data          a prepared data set; batches by domain weight
-    documents     the files of a user's folder to documents
-    installed     text that every machine with the requirements has
-    tokenizer     text to token ids and back
-    huggingface   a model in Hugging Face's format: config.json and safetensors
-    models        what a path given as a model holds, what stands beside the weights
-    choices       which structures to keep without learning: random, magnitude, a file
-    products      matrix products, faster on some CPUs
-    parallel      several processes: who am I, what do I hold, how do we agree
-    checkpoint    the tensors of a checkpoint on disk
-    run           a run's directory, and how it survives anything
-    log           the lines of metrics.jsonl, and what is printed
-    cost          the dry run: what a run will need
-    continuation  two-choice questions on text
-    tables        the tables that eval.py prints
+settings      the settings of a run: what they are, what they may be
+command_line  config files and options to values; how a mistake ends
+randomness    the random streams: what each is for, what it is keyed by
+data          a prepared data set; batches by domain weight
+documents     the files of a user's folder to documents
+installed     text that every machine with the requirements has
+tokenizer     text to token ids and back
+huggingface   a model in Hugging Face's format: config.json and safetensors
+models        what a path given as a model holds, what stands beside the weights
+choices       which structures to keep without learning: random, magnitude, a file
+products      matrix products, faster on some CPUs
+parallel      several processes: who am I, what do I hold, how do we agree
+checkpoint    the tensors of a checkpoint on disk
+run           a run's directory, and how it survives anything
+log           the lines of metrics.jsonl, and what is printed
+cost          the dry run: what a run will need
+continuation  two-choice questions on text
+tables        the tables that eval.py prints
 """

@@ -29,13 +29,12 @@ import torch
 from tqdm import tqdm
 
 from model import Llama
-from plumbing import parallel
+from plumbing import parallel, randomness
 from plumbing.data import TokenData
 from plumbing.tables import time_left
 from plumbing.tokenizer import Tokenizer
 
 PREFIX, LENGTH = 96, 32  # tokens of a question, and of each choice
-QUESTIONS = 5  # tag of the random stream, see data.py
 
 
 class Question(NamedTuple):
@@ -59,7 +58,7 @@ def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: st
     tokens = data.tokens(domain, split)
     # val and test are windows of a held-out pool, in turn: only within one does the text go on
     window = len(tokens) if split == "train" else min(data.meta["window"], len(tokens))
-    rng = np.random.default_rng([seed, QUESTIONS, zlib.crc32(domain.encode())])
+    rng = randomness.generator(seed, randomness.QUESTIONS, zlib.crc32(domain.encode()))
 
     def draw(size: int) -> int:
         """Where a stretch of `size` tokens begins that lies within one window."""

@@ -97,8 +97,8 @@ class TokenData:
         return counts["bytes"] / counts["tokens"]
 
     def bits_per_byte(self, losses: dict[str, float], split: str) -> dict[str, float]:
-        """Nats per token -> bits per byte of the text, by domain, at the whole split's bytes per token: a few windows
-        may have others."""
+        """Domain -> bits per byte of its text, from nats per token. Bytes per token are those of the whole split: they
+        differ from sequence to sequence, and a few sequences would add that noise."""
         return {d: loss / math.log(2) / self.bytes_per_token(d, split) for d, loss in losses.items()}
 
     def read(self, domain: str, split: str, seq_len: int, indices: np.ndarray) -> np.ndarray:
