@@ -55,7 +55,7 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
     if gap <= 1e-6 * max(1.0, np.abs(losses).max()) or rho < RHO_MIN:  # float32's rounding must not become weights
         return p
     # neither an offset nor a scale changes the argmax; with the worst at 0 floats tell near ties apart
-    excess, temperature = (excess - excess.max()) / gap, temperature / gap
+    excess, temperature = (excess - excess.max()) / gap, min(temperature / gap, 1e12)
     eta = eta_of_the_set(excess, p, rho, floor)
     if temperature > 0:
         eta = min(eta, eta_of_the_temperature(excess, p, temperature))
@@ -160,7 +160,7 @@ class Mixture:
     reference: list[float] | None = None  # given reference losses
     dynamic_reference: bool = False  # section 3.2
     dynamic_ratio: bool = False  # section 3.3
-    law: str = "rate"  # "paper": eq. 4, and the lowest prediction ever made counts; "rate": the newest, of fit_together
+    law: str = "rate"  # "paper": eq. 4, and the lowest prediction counts; "rate": fit_together, and the newest does
     rho: float = 0.1
     floor: float = 0.2
     temperature: float = 0.0
@@ -174,13 +174,12 @@ class Mixture:
             raise ValueError(f"schedule = '{self.schedule}' is not one of {', '.join(SCHEDULES)}")
         self.initial = np.asarray(self.initial, np.float64) / np.sum(self.initial)
         self.laws: list[ScalingLaw | FitError | None] = [None] * len(self.domains)  # of the last evaluation
-        given = None if self.reference is None else [float(r) for r in self.reference]
+        n, given = len(self.domains), self.reference
         self.state = {  # all that changes
             "weights": self.initial.tolist(),
             "ratio": self.initial.tolist(),
-            "given": given,
-            "reference": given,
-            "best": None,  # lowest validation loss of each domain so far
+            "reference": [None] * n if given is None else [float(r) for r in given],
+            "reference_is": [None] * n if given is None else ["given"] * n,  # later "predicted" or "seen"
             "history": {"tokens": [], "losses": [], "params": [], "rates": []},  # one row per evaluation
         }
 
@@ -200,26 +199,26 @@ class Mixture:
         for name, loss in zip(self.domains, losses):
             if not np.isfinite(loss):
                 raise ValueError(f"validation loss of domain '{name}' is {loss}")
-        self._collect(progress, losses, now)
-        self.laws = self._fit_laws(progress)
-        self._refer(end)
-        if self.state["reference"] is not None:
+        if progress >= COLLECT_FROM:
+            self._collect(losses, now)
+        enough = len(self.state["history"]["losses"]) > MORE_POINTS_THAN
+        if self.dynamic_reference and progress >= PREDICT_FROM and enough:
+            self.laws = self._fit_laws()
+            self._refer(end)
+        if None not in self.state["reference"]:
             self.state["weights"] = SCHEDULES[self.schedule](self, progress, losses).tolist()
 
-    def _collect(self, progress: float, losses, now: Point) -> None:
-        state, history = self.state, self.state["history"]
-        state["best"] = losses.tolist() if state["best"] is None else np.minimum(state["best"], losses).tolist()
-        if progress >= COLLECT_FROM:
-            history["tokens"].append(list(map(int, now.tokens)))
-            history["losses"].append(losses.tolist())
-            history["params"].append(float(now.params))
-            history["rates"].append(float(now.rate))
+    def _collect(self, losses, now: Point) -> None:
+        """Add a point for the laws."""
+        history = self.state["history"]
+        history["tokens"].append(list(map(int, now.tokens)))
+        history["losses"].append(losses.tolist())
+        history["params"].append(float(now.params))
+        history["rates"].append(float(now.rate))
 
-    def _fit_laws(self, progress: float) -> list[ScalingLaw | FitError | None]:
-        """The scaling law of each domain, from all evaluations so far; None before it is time to predict."""
+    def _fit_laws(self) -> list[ScalingLaw | FitError]:
+        """The scaling law of each domain, from all points so far."""
         tokens, losses, params, rates = (np.array(column) for column in self.state["history"].values())
-        if not self.dynamic_reference or progress < PREDICT_FROM or len(losses) <= MORE_POINTS_THAN:
-            return [None] * len(self.domains)
         if self.law == "rate":
             return fit_together(tokens, losses, params, rates)
         laws = []
@@ -243,13 +242,19 @@ class Mixture:
         return [str(law) if isinstance(law, FitError) else None for law in self.laws]
 
     def _refer(self, end: Point) -> None:
-        """Section 3.2: the reference is the lowest loss that a domain was given, seen at or predicted to reach."""
-        if all(law is None for law in self.laws):
-            return
-        state, nothing = self.state, [np.inf] * len(self.domains)
-        before = state["reference"] if self.law == "paper" else state["given"]
-        predicted = [np.inf if x is None else x for x in self.predictions(end)]
-        state["reference"] = np.minimum.reduce([before or nothing, predicted, state["best"]]).tolist()
+        """Section 3.2: the first prediction of a domain replaces the reference that was given. From then on it is the
+        lowest of the prediction and the losses seen, and under the paper's law also of all earlier predictions."""
+        reference, source = self.state["reference"], self.state["reference_is"]
+        seen = np.min(self.state["history"]["losses"], axis=0).tolist()
+        for i, prediction in enumerate(self.predictions(end)):
+            if prediction is None and source[i] == "given":
+                continue
+            lowest = [(seen[i], "seen")]
+            if prediction is not None:
+                lowest.append((prediction, "predicted"))
+            if source[i] in ("predicted", "seen") and (self.law == "paper" or prediction is None):
+                lowest.append((reference[i], source[i]))
+            reference[i], source[i] = min(lowest)
 
 
 # A schedule gives the new weights from the mixture, the share of the run that is done, and the losses. Add yours here.

@@ -48,9 +48,12 @@ def gate_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def survivors(scores: Tensor, keep: int | Tensor) -> Tensor:
     """True for the `keep` highest scores of each row (the last axis), False for the others: bool, shape of the scores.
 
-    keep: a number for all rows, or one for each row (..., 1). Of equal scores, those with the highest index survive.
+    keep: a number for all rows, or one for each row (..., 1). Equal scores are ordered by lot, always the same one: by
+    index, a model whose scores are all equal would lose its first heads in every layer.
     """
-    order = scores.argsort(dim=-1, stable=True)  # indices from the lowest score to the highest
+    lot = torch.from_numpy(randomness.generator(0, randomness.TIES).random(scores.shape)).to(scores.device)
+    by_lot = lot.argsort(dim=-1)
+    order = by_lot.gather(-1, scores.gather(-1, by_lot).argsort(dim=-1, stable=True))  # from the lowest score
     rank = order.argsort(dim=-1)  # the place of each score in that order, 0 for the lowest
     return rank >= scores.shape[-1] - keep
 

@@ -211,7 +211,7 @@ class Attention(nn.Module):
             # CUDA's float32 kernel knows no groups: another one would hold all scores (B, H, T, T) at once
             k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
         # a single new token may look at everything before it; a prompt is causal within itself
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=self.gqa)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=k.shape[1] != q.shape[1])
         return linear(y.transpose(1, 2).flatten(2), scale_rows(self.o_proj.weight, z_out))
 
 

@@ -33,8 +33,16 @@ from model import Gates, Llama, LlamaConfig, read_config
 from plumbing import choices, cost, parallel
 from plumbing.command_line import load, user_errors
 from plumbing.data import BatchReader, TokenData
-from plumbing.log import Clock, Log, Meter, give_up, say
-from plumbing.models import PRUNING, check_tokenizer, directory_of, model_directory, save_model
+from plumbing.log import Log, Meter, give_up, say
+from plumbing.models import (
+    PRUNING,
+    check_tokenizer,
+    data_position,
+    digest,
+    directory_of,
+    model_directory,
+    save_model,
+)
 from plumbing.parallel import Engine
 from plumbing.run import Run, newest_checkpoint
 from plumbing.settings import FREE, Settings
@@ -91,24 +99,25 @@ class Trainer:
         s, masks, mixture = self.s, self.masks, self.mixture
         self.meter.check(mixture.domains)
         with log.clock.paused():
-            z = (
-                masks.deterministic(at_target=False) if masks else None
-            )  # not yet the target shape: it would say nothing
+            z = None
+            if masks and step > 0:  # not yet the target shape: the losses would say nothing
+                z = masks.deterministic(at_target=False)
             losses = validation_losses(s, self.model, self.reader.data, z)
             course = self.course(step)
-            try:
-                mixture.update(step / s.steps, list(losses.values()), now=course[0], end=course[-1])
-            except ValueError as error:
-                give_up(f"step {step}: {error}")
-            mixture.state = parallel.from_first(mixture.state)
+            if step > 0:  # before the first step nothing lags yet
+                try:
+                    mixture.update(step / s.steps, list(losses.values()), now=course[0], end=course[-1])
+                except ValueError as error:
+                    give_up(f"step {step}: {error}")
+                mixture.state = parallel.from_first(mixture.state)
             log.evaluation(step, losses, course, mixture, masks, z)
 
     def course(self, step: int) -> list[Point]:
-        """Nine points from here to the end of the run on the scaling law's axes: the tokens of each domain go on by the
-        present weights, parameters left and learning rate as they are scheduled."""
+        """Nine points from here to the end of the run on the scaling law's axes. The tokens of each domain go on as on
+        average so far (the weights of the moment jump), parameters left and learning rate as they are scheduled."""
         s, left = self.s, self.s.steps - step
         seen = self.reader.tokens_seen()
-        seen_at_end = seen + self.mixture.weights * left * s.batch_size * s.seq_len
+        seen_at_end = seen * (s.steps / max(1, step))
         params = params_at_end = float(self.model.config.n_params())
         if self.masks:
             params, params_at_end = self.masks.expected_params().item(), float(self.masks.target.n_params())
@@ -124,9 +133,10 @@ class Trainer:
         """Write a checkpoint: all that the run needs to go on as if it had not stopped."""
         self.meter.check(self.mixture.domains)
         state = {
+            "settings": run.settings,
+            "digests": run.digests,
             "source": asdict(self.model.config),
             "target": asdict(self.masks.target) if self.masks else None,
-            "data": self.reader.data.digest,
             "mixture": self.mixture.state,
             "reader": self.reader.state_dict(),
             "unlogged": self.meter.totals().tolist(),
@@ -137,13 +147,15 @@ class Trainer:
 
     def restore(self, run: Run, log: Log) -> int:
         """Take up what `save` wrote. Returns the number of steps that are done."""
-        state = run.state
+        state, given = run.state, self.mixture.state
         run.load(self.tree, self.optimizer)
         self.mixture.state = state["mixture"]
+        if None in self.mixture.state["reference"]:  # this run may go on with references that the other did not have
+            self.mixture.state |= {key: given[key] for key in ("reference", "reference_is")}
         self.reader.load_state_dict(state["reader"])
         if parallel.is_first():
             self.meter.sums += torch.tensor(state["unlogged"], dtype=torch.float64, device=self.engine.device)
-        log.clock = Clock(state["step"], state["seconds"])
+        log.go_on(state["step"], state["seconds"])
         say(f"going on from {run.checkpoint}")
         return state["step"]
 
@@ -159,7 +171,7 @@ class Trainer:
                 kept, model = choices.describe(masks.cpu()), extract(model, masks)
             elif chosen.is_file():
                 kept = json.loads(chosen.read_text())
-            save_model(partial, model, kept, model_directory(s.init_from) if s.init_from else None, self.reader.data)
+            save_model(partial, model, kept, model_directory(s.init_from) if s.init_from else None, self.reader)
             del model
         del whole
         parallel.barrier()
@@ -167,6 +179,7 @@ class Trainer:
         log.end(validation_losses(s, small, self.reader.data), small.config, z)
         if parallel.is_first():
             shutil.rmtree(run.path / "start", ignore_errors=True)
+            shutil.rmtree(run.path / "model", ignore_errors=True)  # of fewer steps
             partial.rename(run.path / "model")
 
 
@@ -277,13 +290,77 @@ def rehearse(s: Settings, source: LlamaConfig, stage) -> None:
     shape, masks = source, None
     if target := s.target_shape(source):
         shape, masks = (source, make_masks(s, source, target)) if s.gates == "learned" else (target, None)
-    cpu = torch.device("cpu")
-    model = parallel.make_model(
-        shape, None, cpu, **parallel.sharding(s.parallel, s.dtype, cpu), checkpoint_layers=s.activation_checkpointing
-    )
+    cpu, again = torch.device("cpu"), s.activation_checkpointing
+    model = parallel.make_model(shape, None, cpu, **stage.sharding, checkpoint_layers=again)
     trainer = Trainer(s, model, masks, stage, Mixture(["all"], [1.0], "constant"))
     stage.watch(trainer)
     trainer.train(run=stage, log=None)
+
+
+def set_up(s: Settings) -> tuple[Trainer, Run, Log, dict] | None:
+    """Everything that a run needs, or None where it is finished already. Nothing is written before all of it was found
+    to be right. ValueError for what is not."""
+    device = parallel.start(parallel.find_device(s.device))
+    torch.set_num_threads(s.threads or torch.get_num_threads())
+    _, micro_batch = s.split_batch(parallel.size())
+
+    # what there is: the data, the source, the run
+    data = TokenData(s.data, s.domains or None)
+    check_domains(s, data)
+    digests = {"data": data.digest}
+    if s.init_from:
+        digests["init_from"] = digest(s.init_from)
+    run = Run(s.out, asdict(s), FREE, s.resume, digests)
+    if run.finished:
+        say(f"{run.path / 'model'} is finished already")
+        return None
+    share = {"rank": parallel.rank(), "processes": parallel.size(), "micro_batch": micro_batch}
+    reader = BatchReader(data, s.seq_len, s.batch_size, s.seed, **share, gate_samples=s.gate_samples, device=device)
+    if s.init_from:
+        shape, weights = model_shape(s, s.init_from, data), directory_of(s.init_from)
+    else:
+        shape, weights = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
+    if s.reference_model:
+        model_shape(s, s.reference_model, data)
+
+    # what is trained: the source with its gates, or the small model of a choice that is not learned
+    masks = None
+    if target := s.target_shape(shape):
+        masks = make_masks(s, shape, target)
+    if masks and s.gates != "learned":
+        shape, weights = target, run.path / "start"
+        if parallel.is_first() and (run.state is None or not weights.exists()):
+            choose_(s, masks)
+            cut(s, masks, weights)
+        masks = None
+    parallel.barrier()
+    if run.state and (run.state["source"], bool(run.state["target"])) != (asdict(shape), bool(masks)):
+        raise ValueError(f"{run.checkpoint}: its model has another shape than these settings give it")
+    sharding = parallel.sharding(s.parallel, s.dtype, device)
+    model = parallel.make_model(
+        shape,
+        None if run.state else weights,
+        device,
+        **sharding,
+        checkpoint_layers=s.activation_checkpointing,
+        compiled=s.compile,
+    )
+    references = s.reference_losses or None
+    if s.reference_model and (run.state is None or None in run.state["mixture"]["reference"]):
+        say(f"measuring the reference losses on {s.reference_model}")
+        reference_model = parallel.read_model(directory_of(s.reference_model), device, **sharding)
+        references = validation_losses(s, reference_model, data)
+
+    run.open()
+    mixture, position = make_mixture(s, data, references), None
+    if s.init_from and run.state is None:
+        position = data_position(s.init_from)
+    why_not = reader.go_on_after(position) if position else None
+    if why_not:
+        say(f"note: this run reads {s.data} from its beginning, not from where {s.init_from} stopped: {why_not}")
+    log = Log(s, run, reader, shape, device)
+    log.settings(mixture)
+    return Trainer(s, model, masks.to(device) if masks else None, reader, mixture), run, log, sharding
 
 
 def main():
@@ -292,64 +369,18 @@ def main():
         s = load(Settings, sys.argv[1:])
         if s.dry_run:
             return cost.dry_run(s, rehearse)
-        device = parallel.start(parallel.find_device(s.device))
-        torch.set_num_threads(s.threads or torch.get_num_threads())
-
-        # what there is: the data, the run, the shapes; nothing is written before all of it was found to be right
-        data = TokenData(s.data, s.domains or None)
-        check_domains(s, data)
-        run = Run(s.out, asdict(s), free=FREE, resume=s.resume)
-        if run.finished:
-            return say(f"{run.path / 'model'} is finished already")
-        if run.state and run.state.get("data") != data.digest:
-            raise ValueError(f"{s.data} was prepared again, with other text or options, since {s.out} was started")
-        _, micro_batch = s.split_batch(parallel.size())
-        share = {"rank": parallel.rank(), "processes": parallel.size(), "micro_batch": micro_batch}
-        reader = BatchReader(data, s.seq_len, s.batch_size, s.seed, **share, gate_samples=s.gate_samples, device=device)
-        shape, weights = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
-        if s.init_from:
-            shape, weights = model_shape(s, s.init_from, data), directory_of(s.init_from)
-        masks = None
-        if target := s.target_shape(shape):
-            masks = make_masks(s, shape, target)
-        if s.reference_model:
-            model_shape(s, s.reference_model, data)
-
-        # what is trained: the model with its gates, or the small model of a choice that is not learned
-        if masks and s.gates != "learned":
-            shape, weights = target, run.path / "start"
-            if parallel.is_first() and (run.state is None or not weights.exists()):
-                choose_(s, masks)
-                cut(s, masks, weights)
-            masks = None
-        parallel.barrier()
-        sharding = parallel.sharding(s.parallel, s.dtype, device)
-        model = parallel.make_model(
-            shape,
-            None if run.state else weights,
-            device,
-            **sharding,
-            checkpoint_layers=s.activation_checkpointing,
-            compiled=s.compile,
-        )
-        references = s.reference_losses or None
-        if s.reference_model and run.state is None:
-            say(f"measuring the reference losses on {s.reference_model}")
-            references = validation_losses(
-                s, parallel.read_model(directory_of(s.reference_model), device, **sharding), data
-            )
-        run.open()
-    mixture = make_mixture(s, data, references)
-    trainer = Trainer(s, model, masks.to(device) if masks else None, reader, mixture)
-    log = Log(s, run, data, shape, device)
-    log.settings(mixture)
+        what = set_up(s)
+    if what is None:
+        return
+    trainer, run, log, sharding = what
     try:
+        first = 0
         if run.state:
             with user_errors():
                 first = trainer.restore(run, log)
-        else:
-            first = 0
-            log.begin(masks.target if masks else None)
+        if first == 0 or run.changed:
+            log.begin(trainer.masks.target if trainer.masks else None)
+        if first == 0:
             trainer.evaluate(log, step=0)
         trainer.train(run, log, first)
         trainer.finish(run, log, sharding)

@@ -119,8 +119,9 @@ class Rehearsal:
     """Stands in for the batches and for the directory of a run: its batches have shapes only. A memory tracker watches
     the second step; in the first one, AdamW makes its state."""
 
-    def __init__(self, s: Settings, sequences: int, keeps_gradients: bool):
+    def __init__(self, s: Settings, sequences: int, keeps_gradients: bool, sharding: dict | None = None):
         self.keeps_gradients, self.tracker = keeps_gradients, None
+        self.sharding = sharding or {}  # for the model: the mesh, too, must not be made of fake tensors
         tokens = torch.zeros(sequences, s.seq_len + 1, dtype=torch.int64)
         domain = torch.zeros(sequences, dtype=torch.int64)
         self.parts = [
@@ -138,12 +139,13 @@ class Rehearsal:
     def next_batch(self, step: int, weights) -> "Rehearsal":
         """The micro-batches of this process, in the first step and in the second."""
         if step == 1:
-            self._start_tracker()
+            self.start_tracker()
         if step == 2:
             raise Enough
         return self
 
-    def _start_tracker(self) -> None:
+    def start_tracker(self) -> None:
+        """Count the memory from now on."""
         trainer = self.trainer
         if parallel.is_sharded(trainer.model):
             self.tracker = FSDPMemTracker(trainer.model, trainer.optimizer)
@@ -192,9 +194,10 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     s = replace(s, steps=s.steps + 3)
     if n > 1:
         dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
+    sharding = parallel.sharding(s.parallel, s.dtype, torch.device("cpu"))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            rehearsal = Rehearsal(s, mine, keeps_gradients=processes > 1 and n == 1)
+            rehearsal = Rehearsal(s, mine, processes > 1 and n == 1, sharding)
             try:
                 rehearse(s, source, rehearsal)
             except Enough:

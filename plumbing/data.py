@@ -134,8 +134,9 @@ class MicroBatch(NamedTuple):
 class BatchReader:
     """Batches of training sequences, each sequence's domain drawn from the weights of the moment.
 
-    A domain's sequences come in the order of a permutation keyed by (seed, domain, epoch): none comes back before all
-    have come. What a batch holds follows from (seed, step, weights) and one counter per domain, which is all the state.
+    A domain's sequences come in the order of a permutation keyed by (order_seed, domain, epoch): none comes back before
+    all have come. What a batch holds follows from (seed, step, weights) and one counter per domain. A run that starts
+    from a run goes on in the same permutation (`go_on_after`), so no stage reads what the stage before it has read.
     Each of `processes` processes gets its share of a batch, in micro-batches on `device`.
     """
 
@@ -152,12 +153,14 @@ class BatchReader:
         gate_samples: int = 1,
         device: torch.device | str = "cpu",
     ):
-        self.data, self.seq_len, self.batch_size, self.seed = data, seq_len, batch_size, seed
+        self.data, self.seq_len, self.batch_size = data, seq_len, batch_size
+        self.seed = self.order_seed = seed
         self.mine = batch_size // processes  # sequences of this process, from the one numbered `start`
         self.start, self.micro_batch = rank * self.mine, micro_batch or self.mine
         self.gate_samples, self.device = gate_samples, torch.device(device)
         self.totals = [data.sequences(domain, "train", seq_len) for domain in data.domains]
-        self.counts = [0] * len(data.domains)  # sequences drawn so far
+        self.counts = [0] * len(data.domains)  # sequences drawn so far, by the runs before this one, too
+        self.first = list(self.counts)  # what they were when this run began
         self._orders = {}  # domain index -> (epoch, permutation)
         for domain, total in zip(data.domains, self.totals, strict=True):
             if total == 0:
@@ -204,24 +207,48 @@ class BatchReader:
         """Number of the next sequence of domain d."""
         epoch, i = divmod(self.counts[d], self.totals[d])
         if self._orders.get(d, (None,))[0] != epoch:
-            rng = randomness.generator(self.seed, randomness.ORDERS, int(d), epoch)
+            rng = randomness.generator(self.order_seed, randomness.ORDERS, int(d), epoch)
             self._orders[d] = epoch, rng.permutation(np.arange(self.totals[d], dtype=np.uint32))
         self.counts[d] += 1
         return int(self._orders[d][1][i])
 
     def tokens_seen(self) -> np.ndarray:
-        """Training tokens of each domain drawn so far, int64 (n domains,)."""
-        return np.array(self.counts, np.int64) * self.seq_len
+        """Training tokens of each domain that this run has drawn so far, int64 (n domains,)."""
+        return (np.array(self.counts, np.int64) - self.first) * self.seq_len
 
-    def state_dict(self) -> dict[str, dict[str, int]]:
-        """All of the state: how many sequences of each domain were drawn."""
-        return {"sequences": dict(zip(self.data.domains, self.counts, strict=True))}
+    def epochs(self) -> np.ndarray:
+        """How often the text of each domain has been read, by the runs before this one, too (n domains,); 1.0: once."""
+        return np.array(self.counts) / self.totals
 
-    def load_state_dict(self, state: dict[str, dict[str, int]]):
+    def state_dict(self) -> dict:
+        """All of the state, and what it is the state of: what a run that starts from this one must know."""
+        return {
+            "data": self.data.digest,
+            "seq_len": self.seq_len,
+            "order_seed": self.order_seed,
+            "sequences": dict(zip(self.data.domains, self.counts, strict=True)),
+            "first": dict(zip(self.data.domains, self.first, strict=True)),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
         """Go on where state_dict() was taken. Raises ValueError when the domains are others."""
         if set(state["sequences"]) != set(self.data.domains):
             raise ValueError(
                 f"{self.data.path}: the checkpoint was made with the domains {', '.join(sorted(state['sequences']))}, "
                 f"the data has {', '.join(self.data.domains)}"
             )
+        self.order_seed = state["order_seed"]
         self.counts = [int(state["sequences"][domain]) for domain in self.data.domains]
+        self.first = [int(state["first"][domain]) for domain in self.data.domains]
+
+    def go_on_after(self, state: dict) -> str | None:
+        """Begin where the reader of another run ended, whose state_dict() this is. Returns why that cannot be, or None.
+        A domain that the other run did not use begins at its beginning."""
+        if state["data"] != self.data.digest:
+            return "it was trained on other data"
+        if state["seq_len"] != self.seq_len:
+            return f"it was trained on sequences of {state['seq_len']} tokens, not {self.seq_len}"
+        self.order_seed = state["order_seed"]
+        self.counts = [int(state["sequences"].get(domain, 0)) for domain in self.data.domains]
+        self.first = list(self.counts)
+        return None

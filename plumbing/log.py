@@ -20,7 +20,7 @@ from dro import Mixture, Point
 from masks import PruningMasks
 from model import Gates, LlamaConfig
 from plumbing import cost, parallel
-from plumbing.data import TokenData
+from plumbing.data import BatchReader
 from plumbing.run import Run
 from plumbing.settings import Settings
 
@@ -91,27 +91,39 @@ class Clock:
 class Log:
     """Writes and prints what a run measures. `shape` is that of the model that is trained."""
 
-    def __init__(self, s: Settings, run: Run, data: TokenData, shape: LlamaConfig, device: torch.device):
-        self.s, self.run, self.data, self.shape, self.device = s, run, data, shape, device
-        self.clock = Clock()
+    def __init__(self, s: Settings, run: Run, reader: BatchReader, shape: LlamaConfig, device: torch.device):
+        self.s, self.run, self.reader, self.shape, self.device = s, run, reader, shape, device
+        self.data = reader.data
+        self.go_on(step=0, seconds=0.0)
         self.tokens_per_step = s.batch_size * s.seq_len
+
+    def go_on(self, step: int, seconds: float) -> None:
+        """Begin at a step that the run reached after so many seconds."""
+        self.clock = Clock(step, seconds)
+        self.epochs = np.floor(self.reader.epochs())  # whole epochs of each domain that were told of
 
     def settings(self, mixture: Mixture) -> None:
         """Print all settings, and notes on those that may not do what is expected of them."""
         s, window = self.s, self.data.meta["window"]
         for key, value in asdict(s).items():
             say(f"{key} = {value!r}")
-        if s.seq_len > window:
+        if window % s.seq_len:
             say(
-                f"note: a validation sequence of {s.seq_len} tokens is made of unrelated pieces of {window}; "
-                f"prepare_data.py --window {s.seq_len} makes them whole"
+                f"note: validation text is made of unrelated windows of {window} tokens, and sequences of {s.seq_len} "
+                f"go across their borders; prepare_data.py --window {s.seq_len} makes them whole"
             )
         if s.schedule == "dro" and s.dynamic_ratio and np.ptp(mixture.initial) == 0:
             say("note: with equal shares in `ratio` its bounds leave dynamic_ratio no room (section 3.3)")
 
     def begin(self, target: LlamaConfig | None) -> None:
-        """The first line: what kind of run this is."""
-        s = self.s
+        """The first line: what kind of run this is. It comes again where a run goes on with other settings."""
+        s, changed = self.s, {}
+        if self.run.changed:
+            changed["changed"] = {key: {"was": was, "now": now} for key, (was, now) in self.run.changed.items()}
+            say(
+                "changed: "
+                + "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in self.run.changed.items())
+            )
         self.run.log(
             type="run",
             name=Path(s.out).name,
@@ -125,11 +137,13 @@ class Log:
             source=self.shape.shape,
             target=target.shape if target else None,
             parameters=self.shape.n_params(),
+            **changed,
         )
 
     def training(self, step: int, meter: Meter, lr: float, weights: np.ndarray) -> None:
         """The line of the steps since the last one. Here the device is waited for."""
         meter.check(self.data.domains)
+        self._tell_of_new_epochs()
         sums, counts = meter.totals()
         meter.sums.zero_()
         means = (sums / counts).tolist()
@@ -143,6 +157,7 @@ class Log:
             lr=lr,
             grad_norm=meter.norm.item(),
             weights=self._by_domain(weights),
+            epochs=self._by_domain(self.reader.epochs()),
             domain_loss=self._by_domain([m if math.isfinite(m) else None for m in means]),
             **constraint,
         )
@@ -152,6 +167,14 @@ class Log:
             sparsity = " ".join(f"{g} {x:.3f}/{target[g]:.3f}" for g, x in constraint["sparsity"].items())
             text += f"  constraint {constraint['constraint']:+.4f}  sparsity {sparsity}"
         say(f"{text}  lr {lr:.2e}  {self._timing(step)}")
+
+    def _tell_of_new_epochs(self) -> None:
+        """Say once an epoch that all text of a domain has been read, and comes again."""
+        epochs = np.floor(self.reader.epochs())
+        for domain, before, now in zip(self.data.domains, self.epochs, epochs):
+            if now > before:
+                say(f"note: all text of domain {domain} has been read, and comes again: epoch {int(now) + 1} begins")
+        self.epochs = epochs
 
     def _timing(self, step: int) -> str:
         """A line of timings.jsonl, which holds what another run of the same settings would not repeat; and its text."""
@@ -180,11 +203,13 @@ class Log:
         masks: PruningMasks | None,
         z: Gates | None,
     ) -> None:
-        """The line of an evaluation. course: where the run is, some points on its way, and where it will end."""
+        """The line of an evaluation. course: where the run is, some points on its way, and where it will end. z: the
+        gates that the losses were measured with."""
         now, end = course[0], course[-1]
         gates = {}
         if masks:
-            gates = {"gates": gate_picture(z), "sparsity": by_name(masks.lagrangian(step)[1])["sparsity"]}
+            gates["gates"] = None if z is None else gate_picture(z)
+            gates["sparsity"] = by_name(masks.lagrangian(step)[1])["sparsity"]
         self.run.log(
             type="eval",
             step=step,
@@ -193,7 +218,9 @@ class Log:
             parameters=now.params,
             loss=losses,
             bits_per_byte=self.data.bits_per_byte(losses, "val"),
+            epochs=self._by_domain(self.reader.epochs()),
             reference=self._by_domain(mixture.state["reference"]),
+            reference_is=self._by_domain(mixture.state["reference_is"]),
             prediction=self._by_domain(mixture.predictions(end)),
             no_prediction=self._by_domain(mixture.reasons()),
             curve=self._curve(step, course, mixture),

@@ -5,10 +5,12 @@
     a checkpoint            out/RUN/checkpoints/step_N; that of a pruning run is cut out at its target shape
 
 Beside a model that train.py wrote stand pruning.json, which says what was kept, and trained_with.json, which says which
-tokenizer its text was prepared with.
+tokenizer its text was prepared with and how far the data were read.
 """
 
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from torch import nn
 from masks import PruningMasks, extract
 from model import Llama, LlamaConfig
 from plumbing.checkpoint import read_tensors
-from plumbing.data import TokenData
+from plumbing.data import BatchReader, TokenData
 from plumbing.run import newest_checkpoint
 from plumbing.tokenizer import fingerprint, load_tokenizer
 
@@ -88,12 +90,33 @@ def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> N
         )
 
 
-def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None, data: TokenData) -> None:
-    """Write a model directory, with pruning.json (which indices were kept), the tokenizer files of `origin`, and which
-    tokenizer the text was prepared with."""
+def data_position(model: str) -> dict | None:
+    """How far the data were read when the model was trained: a BatchReader's state_dict, or None if it is not known."""
+    file = directory_of(model) / TRAINED_WITH
+    return json.loads(file.read_text()).get("reader") if file.is_file() else None
+
+
+def digest(model: str) -> str:
+    """What tells a model from others, wherever it is: of its config and of a sample of the bytes of its weights."""
+    found, directory = hashlib.sha256(), directory_of(model)
+    found.update((directory / "config.json").read_bytes())
+    for file in sorted(directory.glob("*.safetensors")):
+        with open(file, "rb") as weights:
+            size = weights.seek(0, os.SEEK_END)
+            found.update(str(size).encode())
+            for start in range(0, size, max(1 << 16, size // 64)):
+                weights.seek(start)
+                found.update(weights.read(1 << 12))
+    return found.hexdigest()[:16]
+
+
+def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None, reader: BatchReader) -> None:
+    """Write a model directory, with pruning.json (which indices were kept), the tokenizer files of `origin`, and
+    trained_with.json (which tokenizer, and which sequences of which data)."""
+    data = reader.data
     shutil.rmtree(path, ignore_errors=True)
     model.save_pretrained(path)
-    trained_with = {"tokenizer": data.tokenizer, "fingerprint": data.fingerprint}
+    trained_with = {"tokenizer": data.tokenizer, "fingerprint": data.fingerprint, "reader": reader.state_dict()}
     (path / TRAINED_WITH).write_text(json.dumps(trained_with))
     if kept is not None:
         (path / PRUNING).write_text(json.dumps(kept))

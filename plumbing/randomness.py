@@ -8,6 +8,7 @@ same numbers on one process or on eight, and after it was stopped and resumed.
     ORDERS     domain's index, epoch      the order in which a domain's sequences are read    plumbing/data.py
     NOISE      step, gate sample          the noise u of all gates                            masks.py
     CHOICE     (none)                     random scores, where gates are not learned          plumbing/choices.py
+    TIES       (none; seed 0)             which of equal scores survives                      masks.py
     QUESTIONS  crc32 of domain's name     questions about a domain's text                     plumbing/continuation.py
 
 Why tags? A step's gates must know nothing of its batch, and both are keyed by the step. A tag keeps such streams apart.
@@ -16,7 +17,7 @@ PyTorch, not numpy, draws the initial weights and generated text (model.py): fro
 
 import numpy as np
 
-DRAWS, ORDERS, NOISE, CHOICE, QUESTIONS = 1, 2, 3, 4, 5
+DRAWS, ORDERS, NOISE, CHOICE, QUESTIONS, TIES = 1, 2, 3, 4, 5, 6
 
 
 def generator(seed: int, tag: int, *key: int) -> np.random.Generator:

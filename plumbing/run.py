@@ -38,41 +38,48 @@ def newest_checkpoint(run: Path) -> Path | None:
 class Run:
     """A run's directory.
 
-    finished    whether it has a model
+    finished    whether it has a model, of as many steps as are asked for
     checkpoint  the checkpoint that the run goes on from, or None
     origin      the directory of the run that this checkpoint is of: another one where `resume` names it
     state       what that checkpoint's state.json holds, or None
+    changed     setting -> (what it was, what it is now), for those that changed and may
+    signals     the signals that told this process to stop
 
     resume: 'auto' goes on from the newest checkpoint; 'never' refuses where there is one; the path of a run or of one
     of its checkpoints is what a new run goes on from, and is not touched. A run that has checkpoints of its own goes on
-    from those. ValueError where either run was started with other settings, except for those in `free`; where the path
-    is no run; for an older checkpoint of its own; and where metrics.jsonl lacks what was logged before the checkpoint.
+    from those. digests: setting that names a file -> what tells its content from others, so that it may have moved.
+    ValueError where the run was started with other settings: only those in `free` may change, and `steps` may grow; a
+    new run that `resume` starts from another one may change all. ValueError, too, where the path is no run, for an
+    older checkpoint of its own, and where metrics.jsonl lacks what was logged before the checkpoint.
     """
 
-    def __init__(self, out: str, settings: dict, free: set[str], resume: str = "auto"):
-        self.path, self.settings = Path(out), settings
+    def __init__(self, out: str, settings: dict, free: set[str], resume: str = "auto", digests: dict | None = None):
+        self.path, self.settings, self.free, self.digests = Path(out), settings, free, digests or {}
         self.metrics = self.timings = self.pending = self.group = None
         self.signals: list[int] = []
-        self.finished = (self.path / "model" / "config.json").exists()
-        self.checkpoint = self._find_checkpoint(resume)
-        self.origin, self.state = self.path, None
+        has_model = (self.path / "model" / "config.json").exists()
+        self.checkpoint = self._find_checkpoint(resume, has_model)
+        self.origin, self.state, self.changed = self.path, None, {}
         if self.checkpoint:
             self.origin = self.checkpoint.parent.parent
             self.state = json.loads((self.checkpoint / "state.json").read_text())
             self._check_log()
-        for directory in {self.path, self.origin}:
-            self._check_settings(directory / "config.json", free)
+            self._check_content()
+            self.changed = self._changes(self.state["settings"], moved=set(self.digests))
+        self._check_settings()
+        grown = self.state is not None and self.state["step"] < settings.get("steps", 0)
+        self.finished = has_model and not grown
 
-    def _find_checkpoint(self, resume: str) -> Path | None:
+    def _find_checkpoint(self, resume: str, has_model: bool) -> Path | None:
         own, given = newest_checkpoint(self.path), Path(resume).absolute()
-        if resume == "never" and (self.finished or own):
+        if resume == "never" and (has_model or own):
             raise ValueError(f"{self.path} holds a run already: remove it, or choose another --out, or resume='auto'")
         if own and given.parent == own.parent.absolute() and given.name != own.name:
             raise ValueError(
                 f"resume = '{resume}': {self.path} goes on from its newest checkpoint, {own.name}; to go back, "
                 "choose another --out"
             )
-        if resume in ("auto", "never") or self.finished or own:
+        if resume in ("auto", "never") or has_model or own:
             return own
         found = given if (given / "state.json").is_file() else newest_checkpoint(given)
         if found is None:
@@ -84,21 +91,33 @@ class Run:
         if not logged.is_file() or logged.stat().st_size < self.state["metrics_bytes"]:
             raise ValueError(f"{logged}: what was logged before {self.checkpoint.name} is not there any more")
 
-    def _check_settings(self, config: Path, free: set[str]) -> None:
-        if not config.exists():
+    def _check_content(self) -> None:
+        for setting, digest in self.digests.items():
+            if self.state["digests"].get(setting) != digest:
+                raise ValueError(
+                    f"{setting} = {self.settings[setting]!r} is not what {self.origin} was started with: it was made "
+                    "again, with other content"
+                )
+
+    def _changes(self, old: dict, moved: set[str] = frozenset()) -> dict:
+        same = self.free | moved
+        return {k: (old.get(k), new) for k, new in self.settings.items() if k not in same and old.get(k) != new}
+
+    def _check_settings(self) -> None:
+        config, changed = self.path / "config.json", dict(self.changed)
+        if config.exists() and (self.checkpoint is None or self.origin != self.path):
+            old = json.loads(config.read_text())
+            if "steps" not in old:  # the config.json of a model, which would be overwritten
+                raise ValueError(f"{config} is not of a run, choose another --out")
+            changed = self._changes(old)
+        elif self.origin != self.path:
             return
-        old = json.loads(config.read_text())
-        if "steps" not in old:  # the config.json of a model, which would be overwritten
-            raise ValueError(f"{config} is not of a run, choose another --out")
-        changed = [
-            f"{key} was {old.get(key)!r}, now {value!r}"
-            for key, value in self.settings.items()
-            if key not in free and old.get(key) != value
-        ]
+        was, now = changed.get("steps", (0, 0))
+        if self.checkpoint and now > was:
+            del changed["steps"]
         if changed:
-            raise ValueError(
-                f"{config.parent} was started with other settings, choose another --out: {'; '.join(changed)}"
-            )
+            what = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in changed.items())
+            raise ValueError(f"{self.path} was started with other settings, choose another --out: {what}")
 
     def open(self) -> None:
         """Make the directory and open the logs: nothing is written before everything was found to be right. From now on

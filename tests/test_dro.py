@@ -213,7 +213,7 @@ def test_without_references_the_initial_ratio_until_there_is_a_prediction():
         predicted = record["laws"][0] is not None
         assert predicted == (progress >= 0.22)  # a point per evaluation from .02 on: the 11th
         if not predicted:
-            assert state["reference"] is None and state["weights"] == pytest.approx(P)
+            assert state["reference"] == [None] * 3 and state["weights"] == pytest.approx(P)
         else:
             assert state["reference"] == pytest.approx([2.3, 1.8, 1.3], abs=1e-3)  # where each will end
 
@@ -224,14 +224,16 @@ def test_predictions_start_at_a_tenth_of_the_run_also_with_many_points():
     assert first == pytest.approx(0.1)
 
 
-def test_the_reference_is_the_lowest_of_given_predicted_and_seen():
-    mixture = Mixture(["a", "b", "c"], P, "dro", [1.7, 9.0, 9.0], dynamic_reference=True)
-    progress, losses, state, record = simulate(mixture)[-1]
-    laws = [law.predict(1e5, 1e6) for law in record["laws"]]
-    assert state["reference"][0] == 1.7  # given and never beaten
-    assert state["reference"][1] <= min(laws[1], losses[1]) + 1e-12 and state["reference"][1] == pytest.approx(
-        1.8, abs=1e-3
-    )
+@pytest.mark.parametrize("law", ["rate", "paper"])
+def test_the_first_prediction_replaces_what_was_given(law):
+    """Section 3.2, as the published code has it: a given reference that lies below all that can be reached is gone."""
+    mixture = Mixture(["a", "b", "c"], P, "dro", [1.0, 1.7, 9.0], dynamic_reference=True, law=law)
+    for progress, _, state, record in simulate(mixture):
+        if record["laws"][0] is None:
+            assert state["reference"] == [1.0, 1.7, 9.0] and state["reference_is"] == ["given"] * 3
+        else:
+            assert state["reference"] == pytest.approx([2.3, 1.8, 1.3], abs=5e-3)  # where each will end
+            assert progress == 1 or state["reference_is"] == ["predicted"] * 3
 
 
 @pytest.mark.parametrize("law", ["rate", "paper"])
@@ -244,6 +246,22 @@ def test_a_wrong_early_prediction_is_forgotten_but_not_by_the_papers_rule(law):
         references.append(mixture.state["reference"][0])
     assert min(references) < 1.2
     assert references[-1] == pytest.approx(min(references) if law == "paper" else 1.5, abs=0.05)
+
+
+def test_only_losses_from_a_fiftieth_of_the_run_on_are_seen():
+    """What the whole model reached before the gates began to close is no reference for the small one."""
+    mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", [1.0, 1.0], dynamic_reference=True, law="paper")
+    for k in range(1, 101):
+        loss = 1.2 if k == 1 else 2.0 + 0.5 * k**-0.5
+        update(mixture, k / 100, [loss, loss], [1000 * k] * 2, 1e6, [1e5] * 2, 1e6)
+    assert mixture.state["reference"][0] == pytest.approx(2.05, abs=0.01)
+
+
+def test_a_domain_without_a_law_keeps_what_it_was_given():
+    mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", [1.0, 1.3], dynamic_reference=True)
+    for k in range(1, 31):
+        update(mixture, k / 30, [2 + k**-0.5, 1 + 0.01 * k], [k, k], 1e6, [30, 30], 1e6)
+    assert mixture.state["reference_is"] == ["predicted", "given"] and mixture.state["reference"][1] == 1.3
 
 
 def test_the_falling_rate_is_foreseen():

@@ -129,6 +129,39 @@ def test_a_killed_process_is_restarted_by_torchrun(pruning, tmp_path):
     assert_same(metrics(tmp_path / "x"), expected)
 
 
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+import train
+from plumbing import checkpoint
+save = checkpoint.save
+def slow(*args):
+    time.sleep(4)
+    return save(*args)
+checkpoint.save = slow
+train.main()
+"""
+
+
+@pytest.mark.parametrize("seconds", [1, 60])
+def test_torchrun_waits_for_a_slow_save_as_long_as_it_is_told_to(seconds, tiny_data, tmp_path):
+    """It kills its processes 30 s after SIGTERM; the documented commands give them the time that a save takes."""
+    (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--shutdown-timeout={seconds}"]
+    args = [*SHAPE, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=100000", "--save_interval=100000"]
+    process = subprocess.Popen([*start, tmp_path / "slow.py", *args], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    deadline = time.time() + 120
+    while not (tmp_path / "x" / "timings.jsonl").is_file() and time.time() < deadline:
+        time.sleep(0.05)
+    while not (tmp_path / "x" / "timings.jsonl").stat().st_size and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=100)
+    saved = [p.name for p in (tmp_path / "x" / "checkpoints").iterdir() if not p.name.endswith(".partial")]
+    assert len(saved) == (1 if seconds == 60 else 0)
+
+
 def test_a_mistake_is_one_line_of_ours(pruning, tmp_path):
     done = torchrun(2, "train.py", *pruning[0], f"--out={tmp_path / 'x'}", "--batch_size=9")
     assert done.returncode != 0 and not (tmp_path / "x").exists()
@@ -217,6 +250,9 @@ def two_steps(s, break_it=None) -> list:
             super().watch(trainer)
             if break_it:
                 break_it(trainer)
+
+        def start_tracker(self):
+            pass
 
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(cost.Enough):
         train.rehearse(s, LlamaConfig(257, 3, 32, 4, 4, 8, 48, 64), Shapes(s, s.batch_size, keeps_gradients=False))
