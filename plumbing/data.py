@@ -1,11 +1,13 @@
 """Tokens on disk -> batches: a prepared data set, opened and checked, and the reader that draws by domain weight.
 
-    data/NAME/meta.json           format, tokenizer, vocab_size, eot, dtype, options; tokens, documents, bytes by split
+    data/NAME/meta.json           format, tokenizer, vocab_size, bos, eot, dtype, options; tokens, documents, bytes by
+                                  split
     data/NAME/<domain>/train.bin  and val.bin, test.bin: little-endian uint16 (uint32 where the vocabulary is larger
-                                  than 65,536), an eot token after each document
+                                  than 65,536); a bos token before each document, if the tokenizer has one, and an eot
+                                  token after it
 
-`bytes` counts the UTF-8 bytes of the text that a split's tokens stand for (eot: 0), so a loss in nats per token is
-loss * tokens / bytes / ln 2 bits per byte, which can be compared between tokenizers.
+`bytes` counts the UTF-8 bytes of the text that a split's tokens stand for (0 for bos and eot), so a loss in nats per
+token is loss * tokens / bytes / ln 2 bits per byte, which can be compared between tokenizers.
 """
 
 import difflib
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from plumbing import randomness
 
+from plumbing.tokenizer import load_tokenizer
+
 FORMAT = 1  # of the data set on disk; a reader refuses any other
 SPLITS = ("train", "val", "test")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -32,6 +36,7 @@ class TokenData:
     path         its folder                              domains     names, sorted or in the order asked for
     meta         meta.json                               vocab_size  largest id + 1
     tokenizer    for load_tokenizer()                    eot         id of the token after each document
+                                                         bos         id of the token before each document, or None
     fingerprint  what the tokenizer makes of awkward text, to compare with a model's
     digest       of all that tells it from other data: counts, tokenizer, seed
 
@@ -46,6 +51,7 @@ class TokenData:
                 raise ValueError(f"format {self.meta['format']}, not {FORMAT}: delete it and prepare it again")
             self.tokenizer, self.vocab_size, self.eot = (self.meta[k] for k in ("tokenizer", "vocab_size", "eot"))
             self.fingerprint = self.meta["tokenizer_fingerprint"]
+            self.bos = self._find_bos()
             dtype = DTYPES[self.meta["dtype"]]
             counts = {d: {s: self.meta["domains"][d][s]["tokens"] for s in SPLITS} for d in self.meta["domains"]}
         except FileNotFoundError:
@@ -68,6 +74,18 @@ class TokenData:
         if not self.domains or len(set(self.domains)) < len(self.domains):
             raise ValueError(f"{self.path}: the domains asked for must be at least one, each once: {self.domains}")
         self._tokens = {(d, s): self._open(d, s, counts[d][s], dtype) for d in self.domains for s in SPLITS}
+
+    def _find_bos(self) -> int | None:
+        """The token before each document; ValueError where it is missing though the tokenizer has one."""
+        if "bos" in self.meta:
+            return self.meta["bos"]
+        # Prepared before meta.json had this key, so without one. Only a tokenizer that is a file can have one.
+        if Path(self.tokenizer).is_absolute() and load_tokenizer(self.tokenizer).bos is not None:
+            raise ValueError(
+                f"no token starts its documents, but {self.tokenizer} starts every text with one: "
+                "delete it and prepare it again"
+            )
+        return None
 
     def _open(self, domain: str, split: str, n_tokens: int, dtype: np.dtype) -> np.memmap:
         file = self.path / domain / f"{split}.bin"

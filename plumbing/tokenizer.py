@@ -4,8 +4,11 @@
 
 Both classes have the same face:
 
-    name, n_vocab, eot        what load_tokenizer() takes to load it again; largest id + 1; id of the end-of-text token
-    encode(text)              ids, uint32 (n,); no token is added, and text that looks like a special token stays text
+    name                      what load_tokenizer() takes to load it again
+    n_vocab                   largest id + 1
+    eot                       id of the token that ends a text
+    bos                       id of the token that starts a text (Llama 2 and 3 have one), or None
+    encode(text)              ids, uint32 (n,); neither bos nor eot is added; what looks like a special token stays text
     encode_with_bytes(text)   ids, and the number of UTF-8 bytes of the text that each id stands for, uint32 (n,)
     decode(ids)               text; bytes that are no UTF-8 become U+FFFD
 """
@@ -21,12 +24,16 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+# awkward text, to see what a tokenizer does
+PROBE = "The quick brown fox, 1,234.5 jumps!\n\n\tdef main():    return 'naïve' + \"日本語 🦊\" # \u00e9\u200b</s>"
+
 
 class TiktokenTokenizer:
     """byte, OpenAI's encodings and Llama 3's rank file, by the tiktoken library."""
 
-    def __init__(self, name: str, encoding: tiktoken.Encoding, eot: int):
-        self.name, self.encoding, self.eot, self.n_vocab = name, encoding, eot, encoding.n_vocab
+    def __init__(self, name: str, encoding: tiktoken.Encoding, eot: int, bos: int | None = None):
+        self.name, self.encoding, self.n_vocab = name, encoding, encoding.n_vocab
+        self.eot, self.bos = eot, bos
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, uint32 (n,)."""
@@ -70,7 +77,8 @@ class HuggingFaceTokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.name, self.eot = name, self._find_eot(file, vocabulary)
+        self.name = name
+        self.eot, self.bos = self._find_eot(file, vocabulary), self._find_bos(file)
         self.n_vocab = max(self.eot, *vocabulary.values()) + 1
 
     @staticmethod
@@ -91,6 +99,14 @@ class HuggingFaceTokenizer:
             if token in vocabulary:
                 return vocabulary[token]
         raise ValueError(f"{file}: which token ends a text? Name it as eos_token in a tokenizer_config.json beside it")
+
+    def _find_bos(self, file: Path) -> int | None:
+        """The token that the file's own post-processor puts before a text, if it does."""
+        bare, whole = (self.tokenizer.encode(PROBE, add_special_tokens=special).ids for special in (False, True))
+        before = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        if before > 1:
+            raise ValueError(f"{file}: it puts {before} tokens before a text; one or none is supported")
+        return whole[0] if before else None
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, uint32 (n,)."""
@@ -123,9 +139,6 @@ LLAMA3_SPECIAL = [  # in the order of their ids, which follow the ranks
     *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
     *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
 ]
-
-
-PROBE = "The quick brown fox, 1,234.5 jumps!\n\n\tdef main():    return 'naïve' + \"日本語 🦊\" # \u00e9\u200b</s>"
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -176,4 +189,4 @@ def load_tokenizer(spec: str) -> Tokenizer:
             f"{file}: not Llama 3's rank file ({LLAMA3_RANKS:,} lines of base64 and rank); "
             "of another model use the tokenizer.json that is published beside it"
         ) from None
-    return TiktokenTokenizer(str(path), encoding, special["<|end_of_text|>"])
+    return TiktokenTokenizer(str(path), encoding, special["<|end_of_text|>"], special["<|begin_of_text|>"])

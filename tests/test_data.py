@@ -76,6 +76,21 @@ def bpe_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def bos_file(bpe_file, tmp_path_factory) -> Path:
+    """The same with a post-processor as Llama 3's, which puts a token before each text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer.from_file(str(bpe_file))
+    bpe.add_special_tokens(["<s>"])
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    path = tmp_path_factory.mktemp("bos") / "tokenizer.json"
+    bpe.save(str(path))
+    shutil.copy(bpe_file.parent / "tokenizer_config.json", path.parent)
+    return path
+
+
+@pytest.fixture(scope="module")
 def rank_file(tmp_path_factory) -> Iterator[Path]:
     """A rank file as Llama 3 has it: 256 bytes and a few merges, for 128,000."""
     tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the", b"  ", b"xx", b"xxxx"]
@@ -88,7 +103,7 @@ def rank_file(tmp_path_factory) -> Iterator[Path]:
 
 def test_byte_tokenizer_is_utf8():
     tokenizer = load_tokenizer("byte")
-    assert (tokenizer.n_vocab, tokenizer.eot) == (257, 256)
+    assert (tokenizer.n_vocab, tokenizer.eot, tokenizer.bos) == (257, 256, None)
     for text in AWKWARD:
         assert tokenizer.encode(text).tolist() == list(text.encode())
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -113,12 +128,32 @@ def test_huggingface_file_agrees_with_the_library(bpe_file):
         assert tokenizer.eot not in ids
 
 
+def test_bos_is_the_token_that_the_library_adds(bpe_file, bos_file, tmp_path):
+    import tokenizers
+
+    assert load_tokenizer(str(bpe_file)).bos is None
+    tokenizer = load_tokenizer(str(bos_file))
+    library = tokenizers.Tokenizer.from_file(str(bos_file))
+    library.no_truncation()
+    assert library.encode("cats").ids == [tokenizer.bos, *tokenizer.encode("cats").tolist()]
+    for template, expected in (("<s> $A <s>", tokenizer.bos), ("$A <s>", None), ("<s> <s> $A", ValueError)):
+        library.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", tokenizer.bos)]
+        )
+        library.save(str(tmp_path / "tokenizer.json"))
+        if expected is ValueError:
+            with pytest.raises(ValueError, match="it puts 2 tokens before a text"):
+                load_tokenizer(str(tmp_path / "tokenizer.json"))
+        else:
+            assert load_tokenizer(str(tmp_path / "tokenizer.json")).bos == expected
+
+
 def test_rank_file_is_llama3s(rank_file):
     import tiktoken
 
     tokenizer = load_tokenizer(str(rank_file))
     assert load_tokenizer(str(rank_file.parent)).n_vocab == tokenizer.n_vocab == 263 + 256
-    assert tokenizer.eot == 263 + 1  # after <|begin_of_text|>
+    assert (tokenizer.bos, tokenizer.eot) == (263, 263 + 1)
     for name, place in (("<|start_header_id|>", 6), ("<|eot_id|>", 9), ("<|reserved_special_token_250|>", 255)):
         assert tokenizer.decode([263 + place]) == name
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" t": 258, b" the": 259}
@@ -515,6 +550,22 @@ def test_damaged_data_is_refused(tiny_data, tmp_path, damage, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         TokenData(path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_data_without_the_key_bos(tiny_data, bpe_file, bos_file, tmp_path):
+    """Prepared before meta.json said whether a token starts each document: right only where the tokenizer has none."""
+    path = Path(shutil.copytree(tiny_data, tmp_path / "old"))
+    meta = json.loads((path / "meta.json").read_text())
+    meta.pop("bos", None)
+    (path / "meta.json").write_text(json.dumps(meta))
+    assert TokenData(path).bos is None
+    for file, n_vocab in ((bpe_file, 400), (bos_file, 401)):
+        (path / "meta.json").write_text(json.dumps(meta | {"tokenizer": str(file), "vocab_size": n_vocab}))
+        if file == bpe_file:
+            assert TokenData(path).bos is None
+        else:
+            with pytest.raises(ValueError, match="starts every text with one: delete it and prepare it again"):
+                TokenData(path)
 
 
 # --- the command --------------------------------------------------------------------------------------------------
