@@ -1,262 +1,152 @@
-"""Text -> tokens on disk, one file per domain and split (data.py reads them).
+"""Text -> tokens on disk, one file per domain and split (plumbing/data.py reads them).
 
     python prepare_data.py installed --out data/installed     # text that every machine has, no download
-    python prepare_data.py corpus --out data/mine --tokenizer gpt2               # one sub-folder of corpus/ a domain
+    python prepare_data.py corpus --out data/mine --tokenizer gpt2                 # each sub-folder is a domain
     python prepare_data.py SlimPajama --out data/slimpajama --tokenizer Llama-2-7b-hf --workers 16 \\
-        --domain_field meta.redpajama_set_name                            # the domain is a field of each jsonl line
+        --domain_field meta.redpajama_set_name                           # a field of each jsonl line names the domain
 
-A .txt file is a document; so is a line {"text": ...} of a .jsonl, .jsonl.gz or .jsonl.zst file. Exact duplicates are
-dropped.
+A document is a .txt file, or a line {"text": ...} of a .jsonl, .jsonl.gz or .jsonl.zst file. Of documents that are
+exactly equal, one is kept.
 
-A document belongs to train or to the held-out pool as a hash of its text says, never to both. The pool's tokens are
-cut into windows which go to val and test in turn: two separate small sets of documents differ a lot by chance.
+A hash of a document's text decides its side: it belongs to train or to the held-out pool, never to both. The tokens of
+the pool are cut into windows, and the windows go to val and test in turn: two small sets of documents would differ a
+lot by chance.
 """
 
 import argparse
-import ast
-import codecs
-import gzip
 import hashlib
-import importlib.util
-import io
 import json
+import math
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
-import sysconfig
-import warnings
-import zlib
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from functools import partial
-from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from plumbing.command_line import Parser, user_errors
 from plumbing.data import DTYPES, FORMAT, SPLITS, TokenData
+from plumbing.documents import folder_files, read_file
+from plumbing.installed import INSTALLED_MB, installed_files, read_installed
 from plumbing.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
-SEEN_SLOTS = 1 << 22  # documents that are remembered when duplicates are looked for, 8 bytes each
+SEEN_SLOTS = 1 << 22  # documents that are remembered to find duplicates, 8 bytes each
+MAX_DOMAINS = 256
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading documents. A reader takes (domain, file) and yields (domain, text, bytes of the file read so far).
-
-Document = tuple[str, str, int]
+# Which documents, and which of them are held out.
 
 
-def read_file(domain: str | None, path: Path, domain_field: str | None = None) -> Iterator[Document]:
-    """The documents of a user's .txt or jsonl file; with `domain_field` each line names its domain itself.
+class Document(NamedTuple):
+    domain: str
+    held_out: bool
+    text: str
 
-    A file is never held whole but for .txt. Raises ValueError with the file and line.
+
+class Seen:
+    """Which numbers have been seen, in a table of fixed size.
+
+    Each number has one slot, which it takes from the number before it. So memory stays constant: on huge data a number
+    may be forgotten, but a new one is never taken for one that was seen.
     """
-    number, broken = 0, (ValueError, EOFError, zlib.error, gzip.BadGzipFile)
-    with open(path, "rb") as raw:
-        stream = raw
-        ending = path.suffix.lower()
-        if ending == ".txt":
-            data = raw.read()
-            if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise ValueError(f"{path}: this is UTF-16; convert it to UTF-8")
-            yield domain, data.decode("utf-8-sig", errors="replace"), raw.tell()
-            return
-        if ending == ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        if ending == ".zst":
-            try:
-                import zstandard
-            except ImportError:
-                raise ValueError(f"{path}: to read .zst files, `pip install zstandard`") from None
-            stream = io.BufferedReader(ZstdFrames(raw, zstandard.ZstdDecompressor()))
-            broken += (zstandard.ZstdError,)
-        try:
-            for line in io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace"):
-                number += 1
-                if line.strip():
-                    name, text = parse_line(line, domain_field)
-                    yield name or domain, text, raw.tell()
-        except broken as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
+
+    def __init__(self):
+        self.slots = np.zeros(SEEN_SLOTS, np.uint64)
+
+    def add(self, number: int) -> bool:
+        """Remember a number, which is not 0. True if it was seen before."""
+        slot = number % len(self.slots)
+        before, self.slots[slot] = int(self.slots[slot]), number
+        return before == number
 
 
-class ZstdFrames(io.RawIOBase):
-    """What the frames of a .zst file hold. EOFError where it ends within one, which zstandard's own reader hides."""
-
-    def __init__(self, raw, decompressor):
-        self.raw, self.decompressor = raw, decompressor
-        self.frame, self.ready = decompressor.decompressobj(), memoryview(b"")
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def readinto(self, buffer) -> int:
-        """Fill the buffer as far as it goes; 0 at the end."""
-        while not self.ready:
-            whole = self.frame.eof
-            data = self.frame.unused_data or self.raw.read(1 << 16)
-            if not data and whole:
-                return 0
-            if not data:
-                raise EOFError("the file is cut short")
-            if whole:
-                self.frame = self.decompressor.decompressobj()
-            self.ready = memoryview(self.frame.decompress(data))
-        n = min(len(buffer), len(self.ready))
-        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
-        return n
-
-
-def parse_line(line: str, domain_field: str | None) -> tuple[str | None, str]:
-    """(domain or None, text) of a jsonl line. Domains that differ only in what no file name may hold become one."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError('a line must be an object with the document in "text", as {"text": "..."}')
-    if domain_field is None:
-        return None, record["text"]
-    value = record
-    for key in domain_field.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    name = re.sub(r"[^\w.-]+", "_", str(value), flags=re.ASCII).strip("._")
-    if value is None or isinstance(value, dict | list) or not name:
-        raise ValueError(f"no domain in the field {domain_field} (--domain_field); the line has {', '.join(record)}")
-    return name, record["text"]
-
-
-def folder_files(folder: Path, domain_field: str | None) -> list[tuple[str | None, Path]]:
-    """[(domain, file)] of a user's folder, sorted; the domain is None where each line names it."""
-    endings = (".jsonl", ".jsonl.gz", ".jsonl.zst") + (() if domain_field else (".txt",))
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; SOURCE is a folder of text, or the word installed")
-    tops = [folder] if domain_field else sorted(p for p in folder.glob("[!.]*") if p.is_dir())
-    files = []
-    for top in tops:
-        found = sorted(p for p in top.rglob("*") if p.name.lower().endswith(endings) and p.is_file())
-        files += [(None if domain_field else top.name, path) for path in found]
-        if not found:
-            print(f"{top}: left out, it holds no {', '.join(endings)} file")
-    if beside := [p for p in folder.iterdir() if p.name.lower().endswith(endings) and not domain_field]:
-        print(f"{folder}: left out {len(beside)} files that are in no sub-folder, as {beside[0].name}")
-    if not files:
-        layout = "" if domain_field else " in sub-folders, one per domain (does each line name it? Give --domain_field)"
-        raise ValueError(f"{folder}: no {', '.join(endings)} files{layout}")
-    return files
-
-
-# What this project's requirements and Python itself put on every machine, as domains that differ in kind:
-#   cpp         torch's C++ headers, without the thousands of generated one-operator ones
-#   docstrings  of numpy, scipy, torch and matplotlib: scientific English, reST and examples
-#   fonts       Adobe font metrics, a folder of matplotlib's: columns of names and numbers
-#   licences    of every installed package: legal English
-#   python      the standard library's source
-#   readmes     long descriptions in the packages' metadata: Markdown
-#   reference   the Python language reference as pydoc_data.topics has it: English prose
-INSTALLED_MB = 4  # of each domain: enough for minutes on a laptop
-GENERATED = 200_000  # bytes from which a source file is nearly always generated
-NOT_LIBRARY = {"test", "tests", "idle_test", "testing", "site-packages", "dist-packages", "encodings", "pydoc_data"}
-
-
-def installed_files() -> list[tuple[str, Path]]:
-    """[(domain, file)], sorted; a package that is missing only makes its domain smaller."""
-
-    def package(name: str) -> Path:  # found, not imported: importing torch takes seconds
-        spec = importlib.util.find_spec(name)
-        return Path(spec.origin).parent if spec and spec.origin else Path("no such package")
-
-    def source(top: Path, pattern: str) -> list[Path]:
-        found = (p for p in top.rglob(pattern) if NOT_LIBRARY.isdisjoint(p.relative_to(top).parts))
-        return [p for p in found if p.is_file() and p.stat().st_size < GENERATED]
-
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    files = [("python", p) for p in source(stdlib, "*.py")]
-    files += [("cpp", p) for p in source(package("torch") / "include", "*.h") if p.parts[-3:-1] != ("ATen", "ops")]
-    files += [("docstrings", p) for n in ("numpy", "scipy", "torch", "matplotlib") for p in source(package(n), "*.py")]
-    files += [("fonts", p) for p in (package("matplotlib") / "mpl-data" / "fonts").rglob("*.afm")]
-    files += [("reference", stdlib / "pydoc_data" / "topics.py"), ("licences", stdlib / "LICENSE.txt")]
-    for path in (path for distribution in metadata.distributions() for path in distribution.files or []):
-        if re.match(r"(?i)(licen[cs]e|copying|notice)(?!.*\.(py|pyc|h|json)$)", path.name):
-            files.append(("licences", Path(path.locate())))
-        elif path.name == "METADATA" and path.parent.name.endswith(".dist-info"):
-            files.append(("readmes", Path(path.locate())))
-    return sorted({(domain, path) for domain, path in files if path.is_file()})
-
-
-def read_installed(domain: str, path: Path) -> Iterator[Document]:
-    """The documents of a file: its text, or the long strings of its code, or the part of it that is prose."""
-    text = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
-    documents = [text]
-    if domain == "readmes":
-        documents = [text.partition("\n\n")[2]]  # below the header fields
-    elif domain in ("docstrings", "reference"):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of escapes in other people's strings
-                nodes = list(ast.walk(ast.parse(text)))
-        except (SyntaxError, ValueError, RecursionError):
-            return  # written for another version of Python
-        if domain == "docstrings":
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            documents = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
-        else:
-            documents = [node.value for node in nodes if isinstance(node, ast.Constant)]
-        documents = [text for text in documents if isinstance(text, str) and len(text) >= 300]
-    for document in documents:
-        yield domain, document, path.stat().st_size
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text -> tokens on disk.
-
-
-def select(files, read, bar: tqdm, seed: int, held_out: float, limit: int) -> Iterator[tuple[str, bool, str]]:
-    """(domain, held out?, text) of every document once, until a domain has `limit` bytes (0: all of it).
-
-    One keyed hash of the text decides both. Fingerprints are kept in a table of fixed size in which the newest takes
-    a slot: on huge data a duplicate may pass, but memory stays constant and no unique document is lost.
-    """
-    seen = np.zeros(SEEN_SLOTS, np.uint64)
-    taken, spoilt = Counter(), 0
+def read_all(files: list, read: Callable, full: Callable, bar: tqdm) -> Iterator[tuple[str, str]]:
+    """(domain, text) of all documents of the files, but for the domains that are `full`."""
     for domain, path in files:
         done, size = 0, path.stat().st_size
-        for name, text, position in [] if limit and taken[domain] >= limit else read(domain, path):
-            bar.update(position - done)
-            done = position
-            if limit and taken[name] >= limit or not text.strip():
-                continue
-            data = text.encode("utf-8", errors="replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
-            digest = hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest()
-            fingerprint = int.from_bytes(digest, "little") or 1  # 0 is an empty slot
-            slot = fingerprint % len(seen)
-            if int(seen[slot]) == fingerprint:
-                continue
-            seen[slot] = fingerprint
-            taken[name] += len(data)
-            spoilt += "\ufffd" in text
-            yield name, fingerprint < held_out * 2**64, data.decode()
+        if not full(domain):
+            for name, text, position in read(domain, path):
+                bar.update(position - done)
+                done = position
+                if not full(name):
+                    yield name, text
         bar.update(size - done)
+
+
+def select(files: list, read: Callable, seed: int, held_out: float, limit: float, bar: tqdm) -> Iterator[Document]:
+    """Every document once, until a domain has `limit` bytes.
+
+    A hash of the text, keyed by the seed, says whether it was seen before and whether it is held out.
+    """
+    seen, taken, spoilt = Seen(), Counter(), 0
+    for domain, text in read_all(files, read, lambda domain: taken[domain] >= limit, bar):
+        if not text.strip():
+            continue
+        data = text.encode("utf-8", errors="replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
+        digest = hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest()
+        number = int.from_bytes(digest, "little") or 1  # uniform in 1 to 2^64 - 1
+        if seen.add(number):
+            continue
+        taken[domain] += len(data)
+        if "\ufffd" in text:
+            spoilt += 1
+        yield Document(domain, number < held_out * 2**64, data.decode())
     if spoilt:
         bar.write(f"{spoilt:,} documents hold U+FFFD, which stands for bytes that are no UTF-8")
 
 
-def batches(documents: Iterable[tuple[str, bool, str]], size: int = 1 << 20) -> Iterator[list]:
-    """Lists of documents of about `size` characters: what one process encodes at a time."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents -> tokens.
+
+
+class Encoded(NamedTuple):
+    """Documents of one domain and side, one after the other.
+
+    `sizes` are the bytes of text: one number per token of held-out text, which is cut anywhere; one per document of
+    train.
+    """
+
+    domain: str
+    held_out: bool
+    ids: np.ndarray
+    sizes: np.ndarray
+
+
+def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, which end with eot, and sizes, as `Encoded` has them."""
+    if document.held_out:
+        ids, sizes = tokenizer.encode_with_bytes(document.text)
+        sizes = np.append(sizes, np.uint32(0))
+    else:
+        ids, sizes = tokenizer.encode(document.text), np.array([len(document.text.encode())], np.uint32)
+    return np.append(ids, np.uint32(tokenizer.eot)), sizes
+
+
+def encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded]:
+    """One `Encoded` for each pair of domain and side that occurs in the batch."""
+    parts = defaultdict(list)
+    for document in batch:
+        parts[document.domain, document.held_out].append(encode_document(tokenizer, document))
+    return [Encoded(*key, *map(np.concatenate, zip(*values, strict=True))) for key, values in parts.items()]
+
+
+def batches(documents: Iterable[Document], size: int = 1 << 20) -> Iterator[list[Document]]:
+    """Lists of documents with about `size` characters each: what a process encodes at a time."""
     batch, length = [], 0
     for document in documents:
         batch.append(document)
-        length += len(document[2])
+        length += len(document.text)
         if length >= size:
             yield batch
             batch, length = [], 0
@@ -264,94 +154,151 @@ def batches(documents: Iterable[tuple[str, bool, str]], size: int = 1 << 20) -> 
         yield batch
 
 
-def encode_batch(tokenizer: Tokenizer, batch: list[tuple[str, bool, str]]) -> list:
-    """[(domain, held out?, ids with eots, bytes)], one per pair that occurs.
-
-    `bytes` is an array: one number per id for held-out text, which is cut anywhere; one per document for train.
-    """
-    parts = {}
-    for domain, held, text in batch:
-        if held:
-            ids, sizes = tokenizer.encode_with_bytes(text)
-            sizes = np.append(sizes, np.uint32(0))
-        else:
-            ids, sizes = tokenizer.encode(text), np.array([len(text.encode())], np.uint32)
-        parts.setdefault((domain, held), []).append((np.append(ids, np.uint32(tokenizer.eot)), sizes))
-    return [(*key, *map(np.concatenate, zip(*values, strict=True))) for key, values in parts.items()]
-
-
-def start_worker(spec: str):
-    """Load the tokenizer once a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    global worker_tokenizer
-    worker_tokenizer = load_tokenizer(spec)
-
-
-def encode_in_worker(batch: list) -> list:
-    """encode_batch with the process' tokenizer."""
-    return encode_batch(worker_tokenizer, batch)
-
-
-def encode_all(groups: Iterable[list], tokenizer: Tokenizer, workers: int) -> Iterator[list]:
-    """encode_batch of each group, in order; few groups are in flight, so memory does not grow with the data."""
+def encode_all(documents: Iterable[Document], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+    """The documents, encoded by `workers` processes, in the order of the documents."""
     if workers == 1:
-        yield from map(partial(encode_batch, tokenizer), groups)
+        for batch in batches(documents):
+            yield from encode_batch(tokenizer, batch)
         return
     context = multiprocessing.get_context("spawn")  # the same everywhere, and safe beside other libraries' threads
     with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(tokenizer.name,)) as pool:
         try:
-            pending = deque()
-            for group in groups:
-                pending.append(pool.submit(encode_in_worker, group))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            for encoded in map_in_order(pool, encode_in_worker, batches(documents), 2 * workers):
+                yield from encoded
         except BrokenProcessPool:
             raise ValueError("--workers: a process died, perhaps for lack of memory; use fewer") from None
 
 
+def map_in_order(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """pool.map(), but with at most `ahead` items waiting, so that memory does not grow with the data."""
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def start_worker(spec: str):
+    """Load the tokenizer once in each process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+    global worker_tokenizer
+    worker_tokenizer = load_tokenizer(spec)
+
+
+def encode_in_worker(batch: list[Document]) -> list[Encoded]:
+    """encode_batch() with the process' own tokenizer."""
+    return encode_batch(worker_tokenizer, batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens -> disk.
+
+
 class DomainWriter:
-    """The three token files of one domain, with their counts."""
+    """Writes the three token files of one domain, and counts."""
 
     def __init__(self, folder: Path, dtype: str, window: int, eot: int):
         folder.mkdir()
         self.folder, self.dtype, self.window, self.eot = folder, DTYPES[dtype], window, eot
         self.files = {split: open(folder / f"{split}.bin", "wb") for split in SPLITS}
         self.counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
-        self.windows = 0  # of the held-out pool so far
-        self.rest = np.empty(0, np.uint32), np.empty(0, np.uint32)  # its last tokens, not yet a window, and their bytes
+        self.windows = 0  # that the held-out pool has given so far
+        self.rest_ids = self.rest_sizes = np.empty(0, np.uint32)  # the pool's last tokens, which fill no window yet
+
+    def add(self, encoded: Encoded):
+        """Append documents to train, or to the held-out pool."""
+        if encoded.held_out:
+            self.add_to_pool(encoded.ids, encoded.sizes)
+        else:
+            self.write("train", encoded.ids, encoded.sizes)
+
+    def add_to_pool(self, ids: np.ndarray, sizes: np.ndarray):
+        """Write each window that is full to val and test in turn."""
+        ids, sizes = np.concatenate([self.rest_ids, ids]), np.concatenate([self.rest_sizes, sizes])
+        end = len(ids) - len(ids) % self.window
+        for start in range(0, end, self.window):
+            part = slice(start, start + self.window)
+            self.write(("val", "test")[self.windows % 2], ids[part], sizes[part])
+            self.windows += 1
+        self.rest_ids, self.rest_sizes = ids[end:], sizes[end:]
 
     def write(self, split: str, ids: np.ndarray, sizes: np.ndarray):
-        """Append tokens, and the bytes they stand for, to a split."""
+        """Append tokens to a split; `sizes` sum to the bytes of text that they stand for."""
         self.files[split].write(ids.astype(self.dtype).tobytes())
         counts = self.counts[split]
         counts["tokens"] += len(ids)
         counts["documents"] += int((ids == self.eot).sum())  # those that end here
         counts["bytes"] += int(sizes.sum())
 
-    def add(self, held: bool, ids: np.ndarray, sizes: np.ndarray):
-        """Append documents to train, or to the pool whose windows go to val and test in turn."""
-        if not held:
-            return self.write("train", ids, sizes)
-        ids, sizes = np.concatenate([self.rest[0], ids]), np.concatenate([self.rest[1], sizes])
-        end = len(ids) - len(ids) % self.window
-        for start in range(0, end, self.window):
-            part = slice(start, start + self.window)
-            self.write(("val", "test")[self.windows % 2], ids[part], sizes[part])
-            self.windows += 1
-        self.rest = ids[end:], sizes[end:]
-
     def close(self):
-        """Close the files; a last window that is not full is dropped."""
+        """Close the files. A last window that is not full is dropped."""
         for file in self.files.values():
             file.close()
 
     def too_small(self) -> str:
-        """What is missing for the domain to be usable, or nothing."""
+        """What the domain lacks to be usable; empty if nothing."""
         tokens = self.counts["train"]["tokens"]
         if self.windows < 2 or tokens < self.window:
             return f"{tokens:,} train tokens and {self.windows} held-out windows, {self.window:,} and 2 are needed"
+        return ""
+
+
+class DataWriter:
+    """The writers of all domains, in the folder of the data set."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, window: int):
+        self.folder, self.tokenizer, self.window = folder, tokenizer, window
+        self.dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
+        self.domains = {}
+
+    def of(self, domain: str) -> DomainWriter:
+        """The writer of one domain."""
+        if domain not in self.domains:
+            if len(self.domains) == MAX_DOMAINS:
+                raise ValueError(f"more than {MAX_DOMAINS} domains, the last is {domain}; is --domain_field right?")
+            self.domains[domain] = DomainWriter(self.folder / domain, self.dtype, self.window, self.tokenizer.eot)
+        return self.domains[domain]
+
+    def close(self):
+        """Close the files of all domains."""
+        for writer in self.domains.values():
+            writer.close()
+
+    def leave_out_small(self):
+        """Remove the domains that are too small to be used, and say so."""
+        for domain, writer in sorted(self.domains.items()):
+            if writer.too_small():
+                print(f"{domain}: left out, it has {writer.too_small()}")
+                shutil.rmtree(writer.folder)
+                del self.domains[domain]
+
+    def refuse_small(self):
+        """ValueError if a domain is too small to be used."""
+        for domain, writer in sorted(self.domains.items()):
+            if writer.too_small():
+                raise ValueError(f"domain {domain}: it has {writer.too_small()}; raise --held_out or lower --window")
+
+    def write_meta(self, options: dict):
+        """Write meta.json, which says what the files hold and how they were made."""
+        meta = {
+            "format": FORMAT,
+            "tokenizer": self.tokenizer.name,
+            "vocab_size": self.tokenizer.n_vocab,
+            "eot": self.tokenizer.eot,
+            "tokenizer_fingerprint": fingerprint(self.tokenizer),
+            "dtype": self.dtype,
+            "window": self.window,
+            "seed": options["seed"],
+            "options": options,
+            "domains": {domain: writer.counts for domain, writer in sorted(self.domains.items())},
+        }
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it.
 
 
 def prepare(
@@ -365,83 +312,81 @@ def prepare(
     max_mb: float | None = None,
     domain_field: str | None = None,
 ) -> bool:
-    """Build the data set `out` from `source`; False when it is there already, made with the same arguments.
+    """Make the data set `out` from `source`, which is a folder or the word "installed".
 
-    Until it is whole it is a hidden folder beside `out`; an error, Ctrl-C or SIGTERM removes that.
-    `held_out` is the share of documents, `window` in tokens, `max_mb` 10^6 bytes of text per domain (0: no limit; None:
-    no limit but for `installed`). What is written does not depend on `workers`. Raises ValueError, OSError.
+    `held_out` is a share of the documents, `window` is in tokens. `max_mb` is a limit for the text of each domain in
+    10^6 bytes; 0 is no limit, and None is no limit except for "installed". What is written does not depend on
+    `workers`. If something fails, nothing is left behind.
+
+    Returns False if `out` is there already and was made with the same arguments. Raises ValueError and OSError.
     """
-    installed, out = source == "installed", Path(out)
+    installed = source == "installed"
     if max_mb is None:
         max_mb = INSTALLED_MB if installed else 0
-    for key, value, fine, need in (
-        ("held_out", held_out, 0 < held_out < 1, "between 0 and 1"),
-        ("window", window, window >= 2, "2 or more"),
-        ("workers", workers, workers >= 1, "1 or more"),
-        ("seed", seed, 0 <= seed < 2**63, "0 or more"),
-        ("max_mb", max_mb, 0 <= max_mb < float("inf"), "0 (no limit) or more"),
-        ("domain_field", domain_field, not (installed and domain_field), "for a folder of jsonl files, not installed"),
-    ):
-        if not fine:
-            raise ValueError(f"--{key}: {value} is out of range, it must be {need}")
-    encoder = load_tokenizer(tokenizer)
-    options = {"source": source if installed else str(Path(source).resolve()), "tokenizer": encoder.name}
-    options |= {"held_out": held_out, "window": window, "seed": seed, "max_mb": max_mb, "domain_field": domain_field}
+    check_arguments(installed, workers, held_out, window, seed, max_mb, domain_field)
+    out, encoder = Path(out), load_tokenizer(tokenizer)
+    options = {
+        "source": source if installed else str(Path(source).resolve()),
+        "tokenizer": encoder.name,
+        "held_out": held_out,
+        "window": window,
+        "seed": seed,
+        "max_mb": max_mb,
+        "domain_field": domain_field,
+    }
     if out.exists():
         check_same(out, options)
         return False
 
-    read = read_installed if installed else partial(read_file, domain_field=domain_field)
-    files = installed_files() if installed else folder_files(Path(source), domain_field)
+    files, read = open_source(source, domain_field)
     random.Random(seed).shuffle(files)  # so that a limit takes a fair choice, not the first by name
-    dtype = "uint16" if encoder.n_vocab <= 2**16 else "uint32"
-    total = sum(path.stat().st_size for _, path in files)
-    print(f"{source}: reading {len(files):,} files, {total / 1e6:,.1f} MB", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial_out = out.parent / f".{out.name}.partial"
-    try:
-        partial_out.mkdir()
-    except FileExistsError:
-        raise ValueError(
-            f"{partial_out}: of another process that makes {out}, or of one that was killed; then remove it"
-        ) from None
-    writers = {}
-
-    def writer_of(domain: str) -> DomainWriter:
-        if domain not in writers:
-            if len(writers) == 256:
-                raise ValueError(f"{source}: more than 256 domains; is the --domain_field {domain_field} the domain?")
-            writers[domain] = DomainWriter(partial_out / domain, dtype, window, encoder.eot)
-        return writers[domain]
-
-    try:
-        for domain in sorted({domain for domain, _ in files if domain}):
-            writer_of(domain)  # also of a domain that turns out to be empty, which is an error below
-        with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-            documents = select(files, read, bar, seed, held_out, int(max_mb * 1e6))
-            for encoded in encode_all(batches(documents), encoder, workers):
-                for domain, held, ids, sizes in encoded:
-                    writer_of(domain).add(held, ids, sizes)
-        for domain, writer in sorted(writers.items()):
-            writer.close()
-            if small := writer.too_small():
-                if not installed:
-                    raise ValueError(f"domain {domain}: it has {small}; raise --held_out or lower --window")
-                print(f"{domain}: left out, it has {small}")
-                shutil.rmtree(writers.pop(domain).folder)
-        if len(writers) < (2 if installed else 1):
-            raise ValueError(f"{source}: {len(writers)} domains have enough text; lower --window or raise --max_mb")
-        meta = {"format": FORMAT, "tokenizer": encoder.name, "vocab_size": encoder.n_vocab, "eot": encoder.eot}
-        meta |= {"tokenizer_fingerprint": fingerprint(encoder)}
-        meta |= {"dtype": dtype, "window": window, "seed": seed, "options": options}
-        meta["domains"] = {domain: writers[domain].counts for domain in sorted(writers)}
-        (partial_out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        partial_out.rename(out)
-    finally:
-        for writer in writers.values():
-            writer.close()
-        shutil.rmtree(partial_out, ignore_errors=True)
+    with whole_or_nothing(out) as folder, closing(DataWriter(folder, encoder, window)) as writer:
+        write_domains(writer, files, read, options, workers)
+        writer.close()
+        if installed:
+            writer.leave_out_small()
+        else:
+            writer.refuse_small()
+        if len(writer.domains) < (2 if installed else 1):
+            raise ValueError(f"{source}: too few domains have enough text; lower --window or raise --max_mb")
+        writer.write_meta(options)
     return True
+
+
+def open_source(source: str, domain_field: str | None) -> tuple[list, Callable]:
+    """The files of the source, [(domain, file)], and the function that reads one."""
+    if source == "installed":
+        return installed_files(), read_installed
+    return folder_files(Path(source), domain_field), partial(read_file, domain_field=domain_field)
+
+
+def write_domains(writer: DataWriter, files: list, read: Callable, options: dict, workers: int):
+    """Read, select, encode and write all documents, with a progress bar."""
+    for domain in sorted({domain for domain, _ in files if domain}):
+        writer.of(domain)  # a folder that turns out to have no text is a domain too, one that is too small
+    total = sum(path.stat().st_size for _, path in files)
+    print(f"{options['source']}: reading {len(files):,} files, {total / 1e6:,.1f} MB", flush=True)
+    limit = int(options["max_mb"] * 1e6) or math.inf
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        documents = select(files, read, options["seed"], options["held_out"], limit, bar)
+        for encoded in encode_all(documents, writer.tokenizer, workers):
+            writer.of(encoded.domain).add(encoded)
+
+
+def check_arguments(
+    installed: bool, workers: int, held_out: float, window: int, seed: int, max_mb: float, domain_field: str | None
+):
+    """ValueError for the first argument that is out of range."""
+    for name, value, is_fine, need in (
+        ("held_out", held_out, 0 < held_out < 1, "between 0 and 1"),
+        ("window", window, window >= 2, "2 or more"),
+        ("workers", workers, workers >= 1, "1 or more"),
+        ("seed", seed, 0 <= seed < 2**63, "0 or more"),
+        ("max_mb", max_mb, 0 <= max_mb < math.inf, "0 (no limit) or more"),
+        ("domain_field", domain_field, not (installed and domain_field), "for a folder of jsonl files, not installed"),
+    ):
+        if not is_fine:
+            raise ValueError(f"--{name}: {value} is out of range, it must be {need}")
 
 
 def check_same(out: Path, options: dict):
@@ -455,12 +400,31 @@ def check_same(out: Path, options: dict):
         raise ValueError(f"{out}: exists, made with {'; '.join(other)}; delete it or choose another --out")
 
 
+@contextmanager
+def whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, to write in. At the end it becomes `out`; after an error, Ctrl-C or SIGTERM it is
+    removed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.parent / f".{out.name}.partial"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise ValueError(
+            f"{folder}: of another process that makes {out}, or of one that was killed; then remove it"
+        ) from None
+    try:
+        yield folder
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command.
 
 
 def table(data: TokenData) -> str:
-    """One line per domain."""
+    """One line per domain: documents, tokens of each split, text."""
     lines = [f"{'domain':<20}{'documents':>11}{'train':>15}{'val':>13}{'test':>13}{'MB':>11}{'bytes/token':>13}"]
     for domain in data.domains:
         counts = data.meta["domains"][domain]
@@ -473,27 +437,78 @@ def table(data: TokenData) -> str:
     return "\n".join(lines)
 
 
-def main():
+def make_parser() -> Parser:
+    """The command line; each option is an argument of prepare()."""
     parser = Parser(
         usage=argparse.SUPPRESS,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("source", metavar="SOURCE", help="A folder of text, or the word installed.")
+    parser.add_argument("--out", required=True, metavar="data/NAME", help="The folder of the data set to make.")
+
+    add = parser.add_argument_group("text").add_argument
+    add("--domain_field", metavar="A.B", help="Each jsonl line names its domain in this field; folders do not count.")
+    add(
+        "--max_mb",
+        type=float,
+        metavar="MB",
+        help="Take at most this much text of each domain, in 10^6 bytes. 0 takes all of it. "
+        f"The default is {INSTALLED_MB} for installed, and 0 for a folder.",
+    )
+
+    add = parser.add_argument_group("split").add_argument
+    add(
+        "--held_out",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="This share of the documents is held out for val and test (default: %(default)s).",
+    )
+    add(
+        "--window",
+        type=int,
+        default=1024,
+        metavar="TOKENS",
+        help="The held-out tokens are cut into windows of this length, which go to val and test in turn "
+        "(default: %(default)s). Choose a multiple of the sequence length that you train with.",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="The seed decides which documents are held out, and which are taken where --max_mb is a limit "
+        "(default: %(default)s).",
+    )
+
+    add = parser.add_argument_group("tokens").add_argument
+    add(
+        "--tokenizer",
+        default="byte",
+        metavar="byte|gpt2|cl100k_base|FILE|DIR",
+        help="The tokenizer: a name, a tokenizer.json, Llama 3's tokenizer.model, or a folder with one of them "
+        "(default: %(default)s).",
+    )
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help="the word installed, or a folder")
-    add("--out", required=True, metavar="data/NAME", help="the data set to make")
-    add("--tokenizer", default="byte", metavar="byte|gpt2|cl100k_base|FILE|DIR", help="byte, unless given")
-    add("--workers", type=int, default=cores, help=f"processes that tokenize: {cores}, unless given")
-    add("--held_out", type=float, default=0.05, help="share of the documents for val and test: 0.05")
-    add("--window", type=int, default=1024, help="tokens in a row that go to val, then to test: 1024")
-    add("--seed", type=int, default=0, help="of the split, and of the choice that --max_mb makes: 0")
-    add("--max_mb", type=float, help=f"text of each domain, 10^6 bytes; 0: all. {INSTALLED_MB} for installed, else 0")
-    add("--domain_field", metavar="A.B", help="field of each jsonl line that names its domain")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what is half-written goes
+    add = parser.add_argument_group("speed").add_argument
+    add(
+        "--workers",
+        type=int,
+        default=cores,
+        metavar="N",
+        help="The number of processes that tokenize (default: %(default)s, one for each core). The result does not "
+        "depend on it.",
+    )
+    return parser
+
+
+def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     with user_errors():
-        args = parser.parse_args()
+        args = make_parser().parse_args()
         try:
             made = prepare(**vars(args))
         except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from scipy import stats
 import prepare_data
 from plumbing import tokenizer
 from plumbing.data import SPLITS, BatchReader, TokenData
+from plumbing.documents import read_file
 from plumbing.tokenizer import LLAMA3_PATTERN, load_tokenizer
 from prepare_data import prepare
 
@@ -641,7 +642,7 @@ def test_more_mistakes(tmp_path, tiny_corpus, monkeypatch):
     for cut in (0, 10, len(frames[0]) // 2, len(frames[0]) - 1, len(frames[0]) + 5, sum(map(len, frames)) - 1):
         (tmp_path / "d" / "x.jsonl.zst").write_bytes(b"".join(frames)[:cut])
         with pytest.raises(ValueError, match=r"x.jsonl.zst:\d+: (the file is cut short|zstd)"):
-            list(prepare_data.read_file("d", tmp_path / "d" / "x.jsonl.zst"))
+            list(read_file("d", tmp_path / "d" / "x.jsonl.zst"))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ValueError, match="pip install zstandard"):
         prepare(str(tmp_path), tmp_path / "out")
