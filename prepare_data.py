@@ -6,7 +6,8 @@
         --domain_field meta.redpajama_set_name                           # a field of each jsonl line names the domain
 
 A document is a .txt file, or a line {"text": ...} of a .jsonl, .jsonl.gz or .jsonl.zst file. Of documents that are
-exactly equal, one is kept.
+exactly equal, one is kept. On disk, a document is the token bos (if the tokenizer has one), the tokens of its text,
+and the token eot.
 
 A hash of a document's text decides its side: it belongs to train or to the held-out pool, never to both. The tokens of
 the pool are cut into windows, and the windows go to val and test in turn: two small sets of documents would differ a
@@ -124,13 +125,20 @@ class Encoded(NamedTuple):
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, which end with eot, and sizes, as `Encoded` has them."""
+    """Ids, which start with bos if the tokenizer has one and end with eot, and sizes, as `Encoded` has them."""
+    before = np.array([tokenizer.bos] if needs_bos(tokenizer) else [], np.uint32)
+    after = np.array([tokenizer.eot], np.uint32)
     if document.held_out:
         ids, sizes = tokenizer.encode_with_bytes(document.text)
-        sizes = np.append(sizes, np.uint32(0))
+        sizes = np.concatenate([np.zeros_like(before), sizes, np.zeros_like(after)])
     else:
         ids, sizes = tokenizer.encode(document.text), np.array([len(document.text.encode())], np.uint32)
-    return np.append(ids, np.uint32(tokenizer.eot)), sizes
+    return np.concatenate([before, ids, after]), sizes
+
+
+def needs_bos(tokenizer: Tokenizer) -> bool:
+    """Whether bos goes before a document. Where bos and eot are the same token, the document before ends with it."""
+    return tokenizer.bos is not None and tokenizer.bos != tokenizer.eot
 
 
 def encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded]:
@@ -286,6 +294,7 @@ class DataWriter:
             "format": FORMAT,
             "tokenizer": self.tokenizer.name,
             "vocab_size": self.tokenizer.n_vocab,
+            "bos": self.tokenizer.bos,
             "eot": self.tokenizer.eot,
             "tokenizer_fingerprint": fingerprint(self.tokenizer),
             "dtype": self.dtype,

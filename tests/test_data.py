@@ -245,6 +245,47 @@ def test_counts_give_bits_per_byte(tiny_corpus, bpe_file, tmp_path):
         assert one["bytes"] == other["bytes"] and one["tokens"] > other["tokens"]
 
 
+def test_bos_starts_each_document(bpe_file, bos_file, tmp_path):
+    """With bos the data are those without it and one token more before each document, which stands for no text."""
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    texts = [f"the moon {i} likes cats " * 9 for i in range(100)]
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(jsonl(texts))
+    plain, data = (tmp_path / "plain", tmp_path / "bos")
+    prepare(str(tmp_path / "c"), plain, str(bpe_file), window=16, held_out=0.2)
+    prepare(str(tmp_path / "c"), data, str(bos_file), window=16, held_out=0.2)
+    plain, data = TokenData(plain), TokenData(data)
+    tokenizer = load_tokenizer(str(bos_file))
+    assert (plain.bos, plain.meta["bos"]) == (None, None)
+    assert data.bos == data.meta["bos"] == tokenizer.bos
+    ids = data.tokens("d", "train")
+    documents = np.split(ids, np.flatnonzero(ids == data.eot) + 1)[:-1]
+    assert {tuple(d) for d in documents} <= {(data.bos, *tokenizer.encode(t), data.eot) for t in texts}
+    assert ids[ids != data.bos].tolist() == plain.tokens("d", "train").tolist()
+    train = [x.meta["domains"]["d"]["train"] for x in (plain, data)]
+    assert train[1]["tokens"] == train[0]["tokens"] + train[0]["documents"]
+    assert train[1]["bytes"] == train[0]["bytes"] and train[1]["documents"] == train[0]["documents"]
+    windows = [data.tokens("d", split).reshape(-1, 16) for split in ("val", "test")]
+    pool = np.concatenate([w[i] for i in range(len(windows[0])) for w in windows if i < len(w)])
+    starts = np.flatnonzero(pool == data.bos)
+    assert len(starts) > 10 and starts[0] == 0 and (pool[starts[1:] - 1] == data.eot).all()
+    held = sum(data.meta["domains"]["d"][split]["bytes"] for split in ("val", "test"))
+    text = tokenizer.decode(pool[(pool != data.bos) & (pool != data.eot)])
+    assert held == len(text.encode())
+
+
+def test_bos_that_is_eot_stands_once_between_documents(bos_file, tmp_path):
+    """As OPT has it: the token that ends a document starts the next."""
+    shutil.copytree(bos_file.parent, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(jsonl(texts_for("x")))
+    prepare(str(tmp_path / "c"), tmp_path / "out", str(tmp_path / "tokenizer"), window=16, held_out=0.2)
+    data = TokenData(tmp_path / "out")
+    ends = np.flatnonzero(data.tokens("d", "train") == data.eot)
+    assert data.bos == data.eot and np.diff(ends).min() > 1
+    assert data.meta["domains"]["d"]["train"]["documents"] == len(ends) < 80
+
+
 def bytes_of(token: str) -> bytes:
     """GPT-2's byte alphabet, from its definition: printable Latin-1 stands for itself, the rest follows from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
