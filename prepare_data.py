@@ -12,6 +12,10 @@ and the token eot.
 A hash of a document's text decides its side: it belongs to train or to the held-out pool, never to both. The tokens of
 the pool are cut into windows, and the windows go to val and test in turn: two small sets of documents would differ a
 lot by chance.
+
+Copies with small changes (licences, tables, pages that were collected twice) can stand on both sides. Then the held-out
+loss is too good. The last column of the table that is printed, `shared`, says how much of a domain's held-out text
+stands word for word in train. `--drop_shared` drops held-out documents that train has parts of.
 """
 
 import argparse
@@ -40,9 +44,12 @@ from plumbing.command_line import Parser, user_errors
 from plumbing.data import DTYPES, FORMAT, SPLITS, TokenData
 from plumbing.documents import folder_files, read_file
 from plumbing.installed import INSTALLED_MB, installed_files, read_installed
+from plumbing.shared import STRETCH, SharedText, sample_stretches
 from plumbing.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 SEEN_SLOTS = 1 << 22  # documents that are remembered to find duplicates, 8 bytes each
+MAX_SHARE = 0.05  # --drop_shared drops a held-out document if more than this share of it stands in train
+TOO_MUCH = 0.03  # there is a warning if more than this share of a domain's held-out text stands in train
 MAX_DOMAINS = 256
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,6 +114,28 @@ def select(files: list, read: Callable, seed: int, held_out: float, limit: float
         bar.write(f"{spoilt:,} documents hold U+FFFD, which stands for bytes that are no UTF-8")
 
 
+def without_shared(documents: Iterable[Document], bar: tqdm) -> Iterator[Document]:
+    """All of train, and then the held-out documents of which no more than MAX_SHARE stands word for word in train.
+
+    The held-out documents wait in memory until train is complete. The more text there is, the longer a document must
+    be to be judged: SharedText samples one stretch in 16 of 130 MB of text, and one in 500 of 4 GB.
+    """
+    text, held_out, dropped = SharedText(), [], 0
+    for document in documents:
+        if document.held_out:
+            held_out.append(document)
+        else:
+            text.add(document.domain, False, sample_stretches([document.text.encode()]))
+            yield document
+    for document in held_out:
+        share = text.share(sample_stretches([document.text.encode()]))
+        if share is None or share <= MAX_SHARE:
+            yield document
+        else:
+            dropped += 1
+    bar.write(f"{dropped:,} of {len(held_out):,} held-out documents are dropped, because train has parts of them")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents -> tokens.
 
@@ -115,38 +144,45 @@ class Encoded(NamedTuple):
     """Documents of one domain and side, one after the other.
 
     `sizes` are the bytes of text: one number per token of held-out text, which is cut anywhere; one per document of
-    train.
+    train. `stretches` are for plumbing/shared.py.
     """
 
     domain: str
     held_out: bool
     ids: np.ndarray
     sizes: np.ndarray
+    stretches: np.ndarray
 
 
-def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarray, np.ndarray]:
+def encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded]:
+    """One `Encoded` for each pair of domain and side that occurs in the batch."""
+    groups = defaultdict(list)
+    for domain, held_out, text in batch:
+        groups[domain, held_out].append(text)
+    encoded = []
+    for (domain, held_out), texts in groups.items():
+        pairs = [encode_text(tokenizer, text, held_out) for text in texts]
+        ids, sizes = map(np.concatenate, zip(*pairs, strict=True))
+        stretches = sample_stretches([text.encode() for text in texts])
+        encoded.append(Encoded(domain, held_out, ids, sizes, stretches))
+    return encoded
+
+
+def encode_text(tokenizer: Tokenizer, text: str, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Ids, which start with bos if the tokenizer has one and end with eot, and sizes, as `Encoded` has them."""
     before = np.array([tokenizer.bos] if needs_bos(tokenizer) else [], np.uint32)
     after = np.array([tokenizer.eot], np.uint32)
-    if document.held_out:
-        ids, sizes = tokenizer.encode_with_bytes(document.text)
+    if held_out:
+        ids, sizes = tokenizer.encode_with_bytes(text)
         sizes = np.concatenate([np.zeros_like(before), sizes, np.zeros_like(after)])
     else:
-        ids, sizes = tokenizer.encode(document.text), np.array([len(document.text.encode())], np.uint32)
+        ids, sizes = tokenizer.encode(text), np.array([len(text.encode())], np.uint32)
     return np.concatenate([before, ids, after]), sizes
 
 
 def needs_bos(tokenizer: Tokenizer) -> bool:
     """Whether bos goes before a document. Where bos and eot are the same token, the document before ends with it."""
     return tokenizer.bos is not None and tokenizer.bos != tokenizer.eot
-
-
-def encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded]:
-    """One `Encoded` for each pair of domain and side that occurs in the batch."""
-    parts = defaultdict(list)
-    for document in batch:
-        parts[document.domain, document.held_out].append(encode_document(tokenizer, document))
-    return [Encoded(*key, *map(np.concatenate, zip(*values, strict=True))) for key, values in parts.items()]
 
 
 def batches(documents: Iterable[Document], size: int = 1 << 20) -> Iterator[list[Document]]:
@@ -260,6 +296,12 @@ class DataWriter:
         self.folder, self.tokenizer, self.window = folder, tokenizer, window
         self.dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
         self.domains = {}
+        self.shared = SharedText()
+
+    def add(self, encoded: Encoded):
+        """Append documents to their domain."""
+        self.of(encoded.domain).add(encoded)
+        self.shared.add(encoded.domain, encoded.held_out, encoded.stretches)
 
     def of(self, domain: str) -> DomainWriter:
         """The writer of one domain."""
@@ -301,6 +343,7 @@ class DataWriter:
             "window": self.window,
             "seed": options["seed"],
             "options": options,
+            "shared": {domain: share for domain, share in self.shared.shares().items() if domain in self.domains},
             "domains": {domain: writer.counts for domain, writer in sorted(self.domains.items())},
         }
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -320,12 +363,14 @@ def prepare(
     seed: int = 0,
     max_mb: float | None = None,
     domain_field: str | None = None,
+    drop_shared: bool = False,
 ) -> bool:
     """Make the data set `out` from `source`, which is a folder or the word "installed".
 
     `held_out` is a share of the documents, `window` is in tokens. `max_mb` is a limit for the text of each domain in
-    10^6 bytes; 0 is no limit, and None is no limit except for "installed". What is written does not depend on
-    `workers`. If something fails, nothing is left behind.
+    10^6 bytes; 0 is no limit, and None is no limit except for "installed". `drop_shared` drops held-out documents that
+    train has parts of; for "installed" it is always on. What is written does not depend on `workers`. If something
+    fails, nothing is left behind.
 
     Returns False if `out` is there already and was made with the same arguments. Raises ValueError and OSError.
     """
@@ -342,6 +387,7 @@ def prepare(
         "seed": seed,
         "max_mb": max_mb,
         "domain_field": domain_field,
+        "drop_shared": drop_shared or installed,
     }
     if out.exists():
         check_same(out, options)
@@ -378,8 +424,10 @@ def write_domains(writer: DataWriter, files: list, read: Callable, options: dict
     limit = int(options["max_mb"] * 1e6) or math.inf
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         documents = select(files, read, options["seed"], options["held_out"], limit, bar)
+        if options["drop_shared"]:
+            documents = without_shared(documents, bar)
         for encoded in encode_all(documents, writer.tokenizer, workers):
-            writer.of(encoded.domain).add(encoded)
+            writer.add(encoded)
 
 
 def check_arguments(
@@ -402,6 +450,7 @@ def check_same(out: Path, options: dict):
     """ValueError unless `out` is a data set made with `options`."""
     try:
         there = json.loads((out / "meta.json").read_text(encoding="utf-8"))["options"]
+        there = {"drop_shared": False} | there  # data sets made before this was an option do not have it
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{out}: exists and is no data set; choose another --out") from None
     other = [f"{key} {there.get(key)}, not {value}" for key, value in options.items() if there.get(key) != value]
@@ -433,17 +482,35 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
 
 
 def table(data: TokenData) -> str:
-    """One line per domain: documents, tokens of each split, text."""
-    lines = [f"{'domain':<20}{'documents':>11}{'train':>15}{'val':>13}{'test':>13}{'MB':>11}{'bytes/token':>13}"]
+    """One line per domain: documents, tokens of each split, text, and the share of val and test that is in train."""
+    lines = [
+        f"{'domain':<20}{'documents':>11}{'train':>15}{'val':>13}{'test':>13}{'MB':>11}{'bytes/token':>13}{'shared':>9}"
+    ]
+    shares = data.meta.get("shared", {})
     for domain in data.domains:
         counts = data.meta["domains"][domain]
         tokens = [counts[split]["tokens"] for split in SPLITS]
         documents, size = (sum(counts[split][key] for split in SPLITS) for key in ("documents", "bytes"))
         lines.append(
             f"{domain:<20}{documents:>11,}{tokens[0]:>15,}{tokens[1]:>13,}{tokens[2]:>13,}"
-            f"{size / 1e6:>11,.2f}{data.bytes_per_token(domain, 'train'):>13.2f}"
+            f"{size / 1e6:>11,.2f}{data.bytes_per_token(domain, 'train'):>13.2f}{percent(shares.get(domain)):>9}"
         )
     return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    """A share as text; a dash if it was not measured."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def warnings_about(shares: dict[str, float | None]) -> list[str]:
+    """A line for each domain whose held-out text train has too much of."""
+    return [
+        f"warning: domain {domain}: {percent(share)} of the held-out text stands word for word in train (measured in "
+        f"stretches of {STRETCH} bytes), so its losses are too good; --drop_shared drops such documents"
+        for domain, share in shares.items()
+        if share is not None and share > TOO_MUCH
+    ]
 
 
 def make_parser() -> Parser:
@@ -474,6 +541,12 @@ def make_parser() -> Parser:
         default=0.05,
         metavar="SHARE",
         help="This share of the documents is held out for val and test (default: %(default)s).",
+    )
+    add(
+        "--drop_shared",
+        action="store_true",
+        help=f"Drop a held-out document if more than {100 * MAX_SHARE:.0f}%% of it stands word for word in train. The "
+        "held-out text is kept in memory until all is read. For installed, such documents are always dropped.",
     )
     add(
         "--window",
@@ -523,7 +596,10 @@ def main():
         except KeyboardInterrupt:
             print("\nprepare_data.py: interrupted; nothing was written", file=sys.stderr)
             sys.exit(130)
-        print(table(TokenData(args.out)))
+        data = TokenData(args.out)
+        print(table(data))
+        for line in warnings_about(data.meta.get("shared", {})):
+            print(line)
         print(args.out if made else f"{args.out}: already prepared")
 
 

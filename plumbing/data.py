@@ -1,7 +1,7 @@
 """Tokens on disk -> batches: a prepared data set, opened and checked, and the reader that draws by domain weight.
 
     data/NAME/meta.json           format, tokenizer, vocab_size, bos, eot, dtype, options; tokens, documents, bytes by
-                                  split
+                                  split; shared, the share of held-out text that stands in train, by domain
     data/NAME/<domain>/train.bin  and val.bin, test.bin: little-endian uint16 (uint32 where the vocabulary is larger
                                   than 65,536); a bos token before each document, if the tokenizer has one, and an eot
                                   token after it

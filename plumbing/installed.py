@@ -2,13 +2,15 @@
 
 Its domains differ in kind:
 
+    comments    of the source of numpy, scipy, torch, matplotlib, sympy and networkx: English, as programmers write it
     cpp         torch's C++ headers, without the thousands of generated one-operator ones
     docstrings  of numpy, scipy, torch and matplotlib: scientific English, reST and examples
-    fonts       Adobe font metrics, a folder of matplotlib's: columns of names and numbers
-    licences    of every installed package: legal English
+    formulas    sympy's tests: mathematics, written as code
+    manuals     the long descriptions of all packages, and Python's language reference: English prose, Markdown and reST
     python      the standard library's source
-    readmes     long descriptions in the packages' metadata: Markdown
-    reference   the Python language reference as pydoc_data.topics has it: English prose
+    stubs       .pyi files of numpy, torch, matplotlib, scipy and tokenizers: names and their types
+
+(sympy and networkx come with torch.) There are no licences, because they are copies of each other.
 """
 
 import ast
@@ -22,23 +24,24 @@ from pathlib import Path
 
 INSTALLED_MB = 4  # of each domain: enough for minutes on a laptop
 GENERATED = 200_000  # bytes from which a source file is nearly always generated
-NOT_LIBRARY = {"test", "tests", "idle_test", "testing", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+SHORT = 300  # characters that a text needs to be a document, where it is a part of a file
+TESTS = {"test", "tests", "idle_test", "testing"}
+NOT_LIBRARY = TESTS | {"site-packages", "dist-packages", "encodings", "pydoc_data"}
 
 
 def installed_files() -> list[tuple[str, Path]]:
     """[(domain, file)], sorted. A package that is missing only makes its domain smaller."""
     stdlib = Path(sysconfig.get_path("stdlib"))
-    files = [("python", p) for p in source(stdlib, "*.py")]
-    files += [("cpp", p) for p in source(package("torch") / "include", "*.h") if p.parts[-3:-1] != ("ATen", "ops")]
-    files += [("docstrings", p) for n in ("numpy", "scipy", "torch", "matplotlib") for p in source(package(n), "*.py")]
-    files += [("fonts", p) for p in (package("matplotlib") / "mpl-data" / "fonts").rglob("*.afm")]
-    files += [("reference", stdlib / "pydoc_data" / "topics.py"), ("licences", stdlib / "LICENSE.txt")]
-    for path in (path for distribution in metadata.distributions() for path in distribution.files or []):
-        if re.match(r"(?i)(licen[cs]e|copying|notice)(?!.*\.(py|pyc|h|json)$)", path.name):
-            files.append(("licences", Path(path.locate())))
-        elif path.name == "METADATA" and path.parent.name.endswith(".dist-info"):
-            files.append(("readmes", Path(path.locate())))
-    return sorted({(domain, path) for domain, path in files if path.is_file()})
+    found = {
+        "comments": sources("*.py", "numpy", "scipy", "torch", "matplotlib", "sympy", "networkx"),
+        "cpp": [p for p in sources("*.h", "torch") if p.parts[-3:-1] != ("ATen", "ops")],
+        "docstrings": sources("*.py", "numpy", "scipy", "torch", "matplotlib"),
+        "formulas": [p for p in package("sympy").rglob("test_*.py") if is_written_by_hand(p)],
+        "manuals": [*descriptions(), stdlib / "pydoc_data" / "topics.py"],
+        "python": library(stdlib, "*.py"),
+        "stubs": sources("*.pyi", "numpy", "torch", "matplotlib", "scipy", "tokenizers"),
+    }
+    return sorted({(domain, path) for domain, paths in found.items() for path in paths if path.is_file()})
 
 
 def package(name: str) -> Path:
@@ -47,35 +50,69 @@ def package(name: str) -> Path:
     return Path(spec.origin).parent if spec and spec.origin else Path("no such package")
 
 
-def source(top: Path, pattern: str) -> list[Path]:
+def descriptions() -> list[Path]:
+    """The metadata files of all packages; the long description is what README on PyPI shows."""
+    files = [file for distribution in metadata.distributions() for file in distribution.files or []]
+    return [Path(f.locate()) for f in files if f.name == "METADATA" and f.parent.name.endswith(".dist-info")]
+
+
+def sources(pattern: str, *names: str) -> list[Path]:
+    """The source files of some packages."""
+    return [path for name in names for path in library(package(name), pattern)]
+
+
+def library(top: Path, pattern: str) -> list[Path]:
     """The source files below `top`, without tests and generated files."""
     found = (p for p in top.rglob(pattern) if NOT_LIBRARY.isdisjoint(p.relative_to(top).parts))
-    return [p for p in found if p.is_file() and p.stat().st_size < GENERATED]
+    return [p for p in found if is_written_by_hand(p)]
+
+
+def is_written_by_hand(path: Path) -> bool:
+    """Whether it is a file, and not so large that it must be generated."""
+    return path.is_file() and path.stat().st_size < GENERATED
 
 
 def read_installed(domain: str, path: Path) -> Iterator[tuple[str, str, int]]:
-    """The documents of a file, as plumbing/documents.py yields them: its text, or the part of it that is prose."""
+    """The documents of a file, as plumbing/documents.py yields them: its text, or the parts of it that are prose."""
     text = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
-    match domain:
-        case "readmes":
-            documents = [text.partition("\n\n")[2]]  # below the header fields
-        case "docstrings" | "reference":
-            documents = [text for text in strings(domain, text) if isinstance(text, str) and len(text) >= 300]
-        case _:
-            documents = [text]
+    if domain == "comments":
+        documents = [comments(text)]
+    elif domain == "docstrings":
+        documents = docstrings(text)
+    elif domain == "manuals" and path.suffix == ".py":
+        documents = strings(text)
+    elif domain == "manuals":
+        documents = [text.partition("\n\n")[2]]  # below the header fields
+    else:
+        documents = [text]
     for document in documents:
-        yield domain, document, path.stat().st_size
+        if len(document) >= SHORT:
+            yield domain, document, path.stat().st_size
 
 
-def strings(domain: str, code: str) -> list:
-    """The docstrings of Python code, or for the domain reference all its constants."""
+def comments(code: str) -> str:
+    """The comments of Python code that are a few lines long, with a blank line between them."""
+    blocks = re.findall(r"(?:^[ \t]*#.*\n)+", code, flags=re.MULTILINE)
+    texts = [re.sub(r"^[ \t]*#+ ?", "", block, flags=re.MULTILINE) for block in blocks]
+    return "\n".join(text for text in texts if len(text) >= 120)
+
+
+def docstrings(code: str) -> list[str]:
+    """The docstrings of Python code."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [ast.get_docstring(node) or "" for node in parse(code) if isinstance(node, kinds)]
+
+
+def strings(code: str) -> list[str]:
+    """The string constants of Python code."""
+    return [node.value for node in parse(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def parse(code: str) -> list[ast.AST]:
+    """The nodes of the syntax tree; none if the code is for another version of Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about escapes in other people's strings
-            nodes = list(ast.walk(ast.parse(code)))
+            return list(ast.walk(ast.parse(code)))
     except (SyntaxError, ValueError, RecursionError):
-        return []  # written for another version of Python
-    if domain == "reference":
-        return [node.value for node in nodes if isinstance(node, ast.Constant)]
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+        return []

@@ -18,9 +18,10 @@ import torch
 from scipy import stats
 
 import prepare_data
-from plumbing import tokenizer
+from plumbing import shared, tokenizer
 from plumbing.data import SPLITS, BatchReader, TokenData
 from plumbing.documents import read_file
+from plumbing.shared import SharedText, sample_stretches
 from plumbing.tokenizer import LLAMA3_PATTERN, load_tokenizer
 from prepare_data import prepare
 
@@ -425,10 +426,85 @@ def test_nothing_half_written(tiny_corpus, tmp_path, monkeypatch):
         assert list((tmp_path / "deep").iterdir()) == []
 
 
+def exact_shares(data: TokenData) -> dict[str, float]:
+    """The share of each domain's held-out 100-byte stretches that stand in train, by looking each of them up."""
+    train = {s for domain in data.domains for text in documents_of(data, domain, "train") for s in stretches(text)}
+    shares = {}
+    for domain in data.domains:
+        windows = [np.asarray(data.tokens(domain, split)).astype(int) for split in ("val", "test")]
+        windows = np.concatenate(windows).reshape(-1, data.meta["window"])
+        parts = [part for window in windows for part in np.split(window, np.flatnonzero(window == 256))]
+        held_out = [s for part in parts for s in stretches(bytes(part[part != 256].tolist()))]
+        shares[domain] = np.mean([s in train for s in held_out])
+    return shares
+
+
+def stretches(text: bytes) -> list[bytes]:
+    return [text[i : i + 100] for i in range(len(text) - 99)]
+
+
+def write_near_duplicates(folder: Path) -> Path:
+    """A folder of two domains of letters drawn at random; one has a licence with other names in half of its texts."""
+    rng = random.Random(0)
+    draw = [lambda n, letters=letters: "".join(rng.choices(letters, k=n)) for letters in ("abcd ef", "uvwx yz")]
+    licence = [draw[0](400) for _ in range(3)]
+    for domain in ("copied", "own"):
+        (folder / domain).mkdir(parents=True)
+    copied = [draw[0](1000) for _ in range(150)]
+    copied += [f"{licence[0]} {draw[0](9)} {licence[1]} {draw[0](9)} {licence[2]}" for _ in range(150)]
+    (folder / "copied" / "a.jsonl").write_bytes(jsonl(copied))
+    (folder / "own" / "a.jsonl").write_bytes(jsonl([draw[1](2000) for _ in range(150)]))
+    return folder
+
+
+def test_shared_text_is_measured_and_dropped(tmp_path):
+    """Copies with small changes are not equal, so they stand on both sides, unless they are dropped."""
+    folder = write_near_duplicates(tmp_path / "c")
+    prepare(str(folder), tmp_path / "as_is", window=128, held_out=0.2)
+    prepare(str(folder), tmp_path / "dropped", window=128, held_out=0.2, drop_shared=True)
+    as_is, dropped = TokenData(tmp_path / "as_is"), TokenData(tmp_path / "dropped")
+    exact = exact_shares(as_is), exact_shares(dropped)
+    assert 0.3 < exact[0]["copied"] < 0.7 and exact[1]["copied"] < 0.03
+    assert as_is.meta["shared"] == pytest.approx(exact[0], abs=0.05)
+    assert dropped.meta["shared"] == pytest.approx(exact[1], abs=0.05)
+    for domain in dropped.domains:  # train is as it was, and what is not shared is still held out
+        assert documents_of(as_is, domain, "train") == documents_of(dropped, domain, "train")
+    assert as_is.tokens("own", "test").tolist() == dropped.tokens("own", "test").tolist()
+    assert len(dropped.tokens("copied", "test")) > len(as_is.tokens("copied", "test")) / 3
+
+
+def test_memory_for_shared_text_is_constant(monkeypatch):
+    """However few hashes are kept, the estimate is right; and each train text is known, in whatever order they come."""
+    monkeypatch.setattr(shared, "MAX_HASHES", 20_000)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(97, 123, 5000, np.uint8).tobytes() for _ in range(600)]
+    sample = SharedText()
+    for i, text in enumerate(texts):
+        sample.add("a", False, sample_stretches([text]))
+        if i % 10 == 0:  # a third of it is train's
+            sample.add(
+                "a", True, sample_stretches([texts[-1 - i][:2000] + rng.integers(97, 123, 4000, np.uint8).tobytes()])
+            )
+        assert sample.count <= 20_000
+    assert sample.limit < 2**64 // shared.SAMPLE  # it did not fit
+    assert sample.shares()["a"] == pytest.approx(1901 / 5901, abs=0.04)
+
+
+def test_stretches_do_not_reach_into_the_next_document(monkeypatch):
+    monkeypatch.setattr(shared, "SAMPLE", 1.0000001)
+    rng = random.Random(0)
+    texts = [rng.randbytes(n) for n in (0, 5, 99, 100, 101, 70_000, 1, 250, 0)]
+    hashes = sample_stretches(texts)
+    assert len(hashes) == sum(max(0, len(text) - 99) for text in texts) == len(set(hashes.tolist()))
+    assert hashes.tolist() == np.concatenate([sample_stretches([text]) for text in texts]).tolist()
+    assert len(sample_stretches([])) == len(sample_stretches([b"short", b""])) == 0
+
+
 def test_installed_has_domains_enough(tmp_path):
     prepare("installed", tmp_path / "out", window=128, held_out=0.2, max_mb=0.1)
     data = TokenData(tmp_path / "out")
     assert len(data.domains) >= 6
+    assert max(exact_shares(data).values()) < 0.03
     tokens = {d: np.asarray(data.tokens(d, "train"))[:60_000].astype(int) for d in data.domains}
     pairs = {d: np.bincount(t[:-1] * 257 + t[1:], minlength=257**2) + 0.01 for d, t in tokens.items()}
     for a in data.domains:  # each domain's own statistics of byte pairs code it better than any other's
@@ -622,6 +698,17 @@ def test_command_twice_and_with_other_options(tiny_corpus, tmp_path):
     done = run_cli(*args, "--seed=1")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "exists, made with seed 0, not 1; delete it or choose another --out" in done.stderr
+
+
+def test_command_warns_of_shared_text(tmp_path):
+    folder = write_near_duplicates(tmp_path / "c")
+    args = [folder, "--out", tmp_path / "a", "--window=128", "--held_out=0.2", "--workers=1"]
+    done = run_cli(*args)
+    assert re.search(r"copied .* [3-6]\d\.\d %\n", done.stdout) and re.search(r"own .* 0\.0 %\n", done.stdout)
+    assert re.search(r"warning: domain copied: [3-6]\d\.\d % of the held-out text stands word for word", done.stdout)
+    assert "warning: domain own" not in done.stdout
+    done = run_cli(*args, "--drop_shared")
+    assert done.returncode == 2 and "made with drop_shared False, not True" in done.stderr
 
 
 def bad_folder(path: Path, *lines: bytes) -> Path:
