@@ -420,7 +420,7 @@ def test_nothing_half_written(tiny_corpus, tmp_path, monkeypatch):
         def fail(self, *args, error=error):
             raise error
 
-        monkeypatch.setattr(prepare_data.DomainWriter, "add", fail)
+        monkeypatch.setattr(prepare_data.DataWriter, "add", fail)
         with pytest.raises(type(error)):
             prepare(str(tiny_corpus), tmp_path / "deep" / "out", window=128)
         assert list((tmp_path / "deep").iterdir()) == []
