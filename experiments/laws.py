@@ -33,7 +33,7 @@ from compare import OFF, SKEW, STAGES, rounded  # noqa: E402
 
 from plot import read_metrics  # noqa: E402
 from plumbing.command_line import Parser, user_errors  # noqa: E402
-from scaling_law import FitError, fit_together, powers, solve  # noqa: E402
+from scaling_law import FitError, fit_together  # noqa: E402
 from train import lr_scale  # noqa: E402
 
 OUT, COMPARE = Path("out/laws"), Path("out/compare")
@@ -213,11 +213,13 @@ def carry_over(h: History, end: History) -> np.ndarray:
     """Exponents and B as fitted to the whole stage before, A and E to this one."""
     laws = fit_together(h.before.tokens, h.before.losses, h.before.params, h.before.rate)
     old = next(law for law in laws if not isinstance(law, FitError))
-    log_t = np.log(np.where(h.tokens > 0, h.tokens / h.tokens[-1], 1.0))
-    x = powers(np.zeros(1), np.array([old.beta]), log_t, np.zeros(len(log_t)))
-    y = h.losses - old.B * h.rate[:, None]
-    A, _, E, _ = (v[0] for v in solve(x, np.zeros(len(y)), y, (h.tokens > 0).astype(float)))
-    return A * (end.tokens[-1] / h.tokens[-1]) ** -old.beta + E + old.B * end.rate[-1]
+    found = []
+    for tokens, losses, tokens_end in zip(h.tokens.T, h.losses.T, end.tokens[-1]):
+        on = tokens > 0
+        power = (tokens[on] / tokens[-1]) ** -old.beta
+        (A, E), _ = nnls(np.stack([power, np.ones_like(power)], 1), losses[on] - old.B * h.rate[on])
+        found.append(A * (tokens_end / tokens[-1]) ** -old.beta + E + old.B * end.rate[-1])
+    return np.array(found)
 
 
 def schedule_aware(column, shared: bool):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit, least_squares
 
-from scaling_law import RIDGE, FitError, ScalingLaw, fit, fit_together
+from scaling_law import PRIOR_B, FitError, ScalingLaw, fit, fit_together
 
 
 def random_laws(n, seed=0):
@@ -141,13 +141,13 @@ def test_what_the_falling_rate_gains_is_foreseen():
 
 
 def test_together_is_the_least_squares_solution(monkeypatch):
-    """The same problem, ridge included, by a general solver from the true parameters; without Huber's weights."""
-    monkeypatch.setattr("scaling_law.HUBER", np.inf)
+    """The same problem, the prior on B included, as plain least squares from the true parameters."""
+    monkeypatch.setattr("scaling_law.COARSE_TO_FINE", (1e6,))  # no residual is an outlier
     tokens, losses, rates, _, speeds = three_domains(0.6, noise=0.003, seed=5)
     t = tokens / tokens[-1]
 
     def residuals(v):
-        return np.append((v[2:5] * t ** -v[0] + v[1] * rates[:, None] + v[5:8] - losses).ravel(), RIDGE**0.5 * v[1])
+        return np.append((v[2:5] * t ** -v[0] + v[1] * rates[:, None] + v[5:8] - losses).ravel(), PRIOR_B * v[1])
 
     best = least_squares(residuals, [0.4, 0.15, 0.1, 0.2, 0.05, 1.7, 1.2, 2.0], xtol=1e-12, ftol=1e-12).x
     law, *others = fit_together(tokens, losses, rates=rates)
