@@ -33,13 +33,13 @@ MIN_POINTS = 5  # one more than eq. 4 has parameters: below, a fit is impossible
 LARGEST = 1e12  # larger losses, or tokens or parameters further apart, are no measurements, and their powers overflow
 ALPHA, BETA = (0.0, 5.0), (0.02, 5.0)  # bounds of the exponents
 NOISE = (
-    0.01  # nats, about that of a validation loss: a point that misses by more pulls as if by this much (Huber's loss)
+    0.01  # nats, about that of a validation loss; points that miss by more count linearly (Huber): outliers pull less
 )
 COARSE_TO_FINE = (1.0, 0.1, NOISE)  # limits of Huber's loss, one fit after the other: the early ones find the outliers
 PRIOR_B = 0.14  # pulls B to 0 (a ridge): losses are noisy by .014 nats, B is about .1; until the rate has moved B ~ 0
 PRIOR_ALPHA = 1e-3  # the same for alpha, too weak to matter once P has changed
 MAD_TO_SIGMA = 1.4826  # of a normal distribution: its standard deviation over its median absolute deviation
-REACH = 3.0  # how much further than its points a law is trusted: `tokens_supported`
+REACH = 3.0  # how far a law is trusted beyond its points, see `tokens_supported`
 
 
 class FitError(ValueError):
@@ -97,12 +97,13 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
     tokens, losses = np.asarray(tokens, np.float64), np.asarray(losses, np.float64)
     params = np.ones(len(tokens)) if params is None else np.asarray(params, np.float64)
     rates = np.zeros(len(tokens)) if rates is None else np.asarray(rates, np.float64)
+    tokens_end = np.zeros(tokens.shape[-1]) if tokens_end is None else tokens_end
     if tokens.shape != losses.shape or tokens.ndim != 2 or not params.shape == rates.shape == tokens.shape[:1]:
         raise FitError("tokens, losses, params and rates must be rows of the same length")
     if not (np.abs(rates) <= LARGEST).all():
         raise FitError("every learning rate must be finite")
-    if tokens_end is None:
-        tokens_end = np.zeros(tokens.shape[1])
+    if np.ptp(rates) == 0:  # B cannot be told from E
+        rates = np.zeros(len(rates))
     laws = [why_not(*columns, params) for columns in zip(tokens.T, losses.T, tokens_end)]
     fitted = [i for i, error in enumerate(laws) if error is None]
     if not fitted:
@@ -111,27 +112,19 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
     tokens, losses = tokens[:, fitted], losses[:, fitted]
     scale, row, domain = tokens.max(0), *np.nonzero(tokens)
     log_t, log_p = np.log((tokens / scale)[row, domain]), np.log(params / params[-1])[row]
-    params_vary, rates_vary = np.ptp(log_p) > 1e-6, np.ptp(rates) > 0
-    if not rates_vary:  # B cannot be told from E
-        rates = np.zeros(len(rates))
     points = Points(log_t, log_p, rates[row], losses[row, domain], domain)
     theta = solve(points)
     alpha, beta, B, A, E = unpack(theta)
     misses = residuals(theta, points)[: len(row)]
+    vary = np.ptp(log_p) > 1e-6
     for k, i in enumerate(fitted):
         miss, law = misses[domain == k], (misses + points.loss)[domain == k]
-        if not np.std(law) >= max(MAD_TO_SIGMA * np.median(np.abs(miss)) / 3, 1e-4):
-            laws[i] = FitError("the losses do not fall")  # the law explains less than a tenth of their variance
-            continue
-        laws[i] = ScalingLaw(
-            A=float(A[k]),
-            alpha=float(alpha) if params_vary else 0.0,
-            beta=float(beta),
-            E=float(E[k]),
-            tokens_scale=float(scale[k]),
-            params_scale=float(params[-1]) if params_vary else None,
-            B=float(B) if rates_vary else 0.0,
-        )
+        if np.std(law) >= max(MAD_TO_SIGMA * np.median(np.abs(miss)) / 3, 1e-4):  # a tenth of the variance is the law's
+            scales = float(scale[k]), float(params[-1]) if vary else None
+            law = float(A[k]), float(alpha) if vary else 0.0, float(beta), float(E[k])
+            laws[i] = ScalingLaw(*law, *scales, B=float(B) if rates.any() else 0.0)
+        else:
+            laws[i] = FitError("the losses do not fall")
     return laws
 
 
@@ -153,9 +146,9 @@ def why_not(tokens, losses, tokens_end, params) -> FitError | None:
 
 
 def tokens_supported(tokens) -> float:
-    """Up to how many tokens a law of these points is trusted: in log T, REACH times as far as their newer three
-    quarters. T^-beta is convex in log T, so the loss can fall on that way by no more than REACH times what the law fell
-    over these points. At 10 % of an even run, with points since 2 %, the end (ten times the tokens) is just inside."""
+    """Up to how many tokens a law of these points is trusted: REACH times as far, in log T, as the upper three quarters
+    of the points extend. T^-beta is convex in log T, so the loss falls on that way by at most REACH times what the law
+    fell over these points. An even run with points from 2 % on is trusted up to its end from 9 % on."""
     return tokens.max() * (tokens.max() / np.quantile(tokens, 0.25)) ** REACH
 
 

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit, least_squares
 
-from scaling_law import PRIOR_B, FitError, ScalingLaw, fit, fit_together
+from scaling_law import (
+    MIN_POINTS,
+    PRIOR_B,
+    REACH,
+    FitError,
+    Points,
+    ScalingLaw,
+    fit,
+    fit_together,
+    jacobian,
+    residuals,
+    tokens_supported,
+)
 
 
 def random_laws(n, seed=0):
@@ -200,3 +212,82 @@ def test_real_runs_are_foreseen_better_than_by_eq_4():
         errors.append(np.abs(np.array(predictions) - end).mean(1))
     errors = np.array(errors)  # (runs, 2)
     assert (errors[:, 0] < errors[:, 1]).all() and errors[:, 0].mean() < 0.5 * errors[:, 1].mean()
+
+
+# -- where a law is not to be trusted -------------------------------------------------------------------------------
+
+
+def test_a_prediction_far_beyond_the_points_is_refused():
+    """A domain that is hardly drawn learns from the others: its loss falls, its tokens hardly rise."""
+    tokens = 1e6 * np.linspace([1, 0.1], [1.02, 2], 24)
+    losses = np.stack([np.linspace(2.444, 2.144, 24), 2 + (tokens[:, 1] / 1e6) ** -0.3], 1)
+    assert fit(tokens[:, 0], losses[:, 0]).predict(4e6) < 0.1  # what the law would say
+    stale, even = fit_together(tokens, losses, tokens_end=[4e6, 4e6])
+    assert isinstance(stale, FitError) and "so far ahead" in str(stale)
+    assert isinstance(even, ScalingLaw)
+    assert "so far ahead" in str(fit_together(tokens, losses, tokens_end=[4e6, np.nan])[1])
+
+
+def test_no_prediction_of_a_real_run_is_refused():
+    """Once there are MIN_POINTS: neither the true end of the run nor the one that the tokens so far foretell."""
+    for run in HISTORIES.values():
+        progress, tokens = np.array(run["progress"]), np.array(run["tokens"])
+        for now in range(MIN_POINTS, len(progress)):
+            seen = tokens[1 : now + 1]
+            for ahead in (tokens[-1], seen[-1] / progress[now]):
+                assert all(end <= tokens_supported(t[t > 0]) for t, end in zip(seen.T, ahead))
+
+
+def test_trusted_predictions_fall_by_no_more_than_the_points_support():
+    """Whatever the law: up to `tokens_supported` it falls by at most REACH times what it fell over the points."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        tokens = np.sort(rng.uniform(1, 1 + 10 ** rng.uniform(-3, 2), 12))
+        law = ScalingLaw(rng.uniform(0.01, 2), 0.0, rng.uniform(0.02, 5), 1.0, tokens[-1])
+        older, newest, furthest = law.predict(
+            np.array([np.quantile(tokens, 0.25), tokens[-1], tokens_supported(tokens)])
+        )
+        assert newest - furthest <= REACH * (older - newest)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_extreme_points_give_a_finite_law_or_none(seed):
+    """A seeded fuzz over duplicates, 1 token, losses of 1e300, shares of 1e-320 and the like."""
+    rng = np.random.default_rng(seed)
+    extremes = [1e-320, 1e-12, 1.0, 2.144, 1e6, 1e18, 1e150, 1e300, np.inf, np.nan, -1.0]
+    for _ in range(40):
+        n, d = rng.integers(5, 14), rng.integers(1, 4)
+        tokens = np.cumsum(rng.choice([0, 1, 1, 1e3, 1e9, 1e15], (n, d)), 0)
+        losses = 2 + np.sort(rng.random((n, d)), 0)[::-1]
+        params = np.sort(10 ** rng.uniform(0, rng.choice([1, 300]), n))[::-1].copy()
+        rates = rng.choice([0, 0.1, 1, 1e-320], n)
+        for values in (tokens, losses)[rng.integers(2) :]:
+            values[rng.integers(n), rng.integers(d)] = rng.choice(extremes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for law, end in zip(fit_together(tokens, losses, params, rates), tokens[-1]):
+                if isinstance(law, ScalingLaw):
+                    assert np.isfinite(
+                        [law.A, law.alpha, law.beta, law.E, law.B, law.predict(2 * end, params[-1], 0.1)]
+                    ).all()
+
+
+def test_extreme_losses_are_refused():
+    losses = 1 / GOOD
+    losses[3] = 1e300
+    with pytest.raises(FitError, match="above"):
+        fit(GOOD, losses)
+
+
+def test_a_prediction_that_is_not_finite_is_an_error():
+    law = ScalingLaw(1.0, 2.0, 0.5, 1.0, 1e6, 1e6)
+    with pytest.raises(FitError, match="finite"):
+        law.predict(1e6, params=0)
+
+
+def test_the_jacobian_is_the_derivative():
+    rng = np.random.default_rng(0)
+    points = Points(*rng.uniform(-1, 1, (4, 12)), domain=np.arange(12) % 3)
+    theta, step = rng.uniform(0.2, 1, 9), 1e-6 * np.eye(9)
+    by = [(residuals(theta + s, points) - residuals(theta - s, points)) / 2e-6 for s in step]
+    np.testing.assert_allclose(jacobian(theta, points), np.transpose(by), atol=1e-8)
