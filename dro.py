@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import brentq
 
-from scaling_law import FitError, ScalingLaw, fit, fit_together
+from scaling_law import FitError, ScalingLaw, fit_together
 
 COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
 MORE_POINTS_THAN = 10  # evaluations: with so many or fewer the scaling law is not asked yet (section 3.2)
@@ -203,7 +203,7 @@ class Mixture:
             self._collect(losses, now)
         enough = len(self.state["history"]["losses"]) > MORE_POINTS_THAN
         if self.dynamic_reference and progress >= PREDICT_FROM and enough:
-            self.laws = self._fit_laws()
+            self.laws = self._fit_laws(end)
             self._refer(end)
         if None not in self.state["reference"]:
             self.state["weights"] = SCHEDULES[self.schedule](self, progress, losses).tolist()
@@ -216,19 +216,13 @@ class Mixture:
         history["params"].append(float(now.params))
         history["rates"].append(float(now.rate))
 
-    def _fit_laws(self) -> list[ScalingLaw | FitError]:
-        """The scaling law of each domain, from all points so far."""
+    def _fit_laws(self, end: Point) -> list[ScalingLaw | FitError]:
+        """The scaling law of each domain, from all points so far, to be asked for the end of the run."""
         tokens, losses, params, rates = (np.array(column) for column in self.state["history"].values())
         if self.law == "rate":
-            return fit_together(tokens, losses, params, rates)
-        laws = []
-        for t, y in zip(tokens.T, losses.T):
-            on = t > 0  # before its first token a domain is not on the curve
-            try:
-                laws.append(fit(t[on], y[on], params[on]))
-            except FitError as error:
-                laws.append(error)
-        return laws
+            return fit_together(tokens, losses, params, rates, end.tokens)
+        columns = zip(tokens.T, losses.T, end.tokens)  # eq. 4 alone, for each domain alone
+        return [fit_together(t[:, None], loss[:, None], params, tokens_end=[T])[0] for t, loss, T in columns]
 
     def predictions(self, point: Point) -> list[float | None]:
         """The loss of each domain at a point, by the laws of the last evaluation; None where there is no law."""

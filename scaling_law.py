@@ -32,10 +32,9 @@ from scipy.optimize import least_squares
 MIN_POINTS = 5  # one more than eq. 4 has parameters: below, a fit is impossible (dro.py asks for more)
 LARGEST = 1e12  # larger losses, or tokens or parameters further apart, are no measurements, and their powers overflow
 ALPHA, BETA = (0.0, 5.0), (0.02, 5.0)  # bounds of the exponents
-NOISE = (
-    0.01  # nats, about that of a validation loss; points that miss by more count linearly (Huber): outliers pull less
-)
-COARSE_TO_FINE = (1.0, 0.1, NOISE)  # limits of Huber's loss, one fit after the other: the early ones find the outliers
+# Huber's loss: points that miss by more than its limit count linearly. The fit is made with one limit after the other:
+# the wide ones find the way, the last one, in nats about the noise of a validation loss, lets outliers pull less.
+HUBER = (1.0, 0.1, 0.01)
 PRIOR_B = 0.14  # pulls B to 0 (a ridge): losses are noisy by .014 nats, B is about .1; until the rate has moved B ~ 0
 PRIOR_ALPHA = 1e-3  # the same for alpha, too weak to matter once P has changed
 MAD_TO_SIGMA = 1.4826  # of a normal distribution: its standard deviation over its median absolute deviation
@@ -198,8 +197,7 @@ def solve(points: Points) -> np.ndarray:
     mean = np.bincount(points.domain, points.loss) / np.bincount(points.domain)
     theta = np.concatenate([[0.3, 0.3, 0.1], mean / 4, mean * 3 / 4])
     bounds = np.array([ALPHA, BETA] + [(0.0, np.inf)] * (len(theta) - 2)).T
-    for scale in COARSE_TO_FINE:
-        theta = least_squares(
-            residuals, theta, jacobian, bounds, loss="huber", f_scale=scale, max_nfev=200, args=(points,)
-        ).x
+    for limit in HUBER:
+        robust = {"loss": "huber", "f_scale": limit, "max_nfev": 200}
+        theta = least_squares(residuals, theta, jacobian, bounds, **robust, args=(points,)).x
     return theta

@@ -143,7 +143,7 @@ class Trainer:
             "seconds": log.clock.total(),
         }
         in_background = self.engine.device.type == "cuda"
-        run.save(step, self.tree, self.optimizer, state, self.s.keep_checkpoints, in_background)
+        run.save(step, self.tree, self.optimizer, state, self.s.keep_checkpoints, in_background=in_background)
 
     def restore(self, run: Run, log: Log) -> int:
         """Take up what `save` wrote. Returns the number of steps that are done."""

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from plumbing import randomness
-
 from plumbing.tokenizer import load_tokenizer
 
 FORMAT = 1  # of the data set on disk; a reader refuses any other

@@ -50,8 +50,6 @@ def test_a_run_goes_on_from_another_runs_checkpoint(chain, tmp_path, monkeypatch
     mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["prune"]]
     before = {p: p.read_bytes() for p in out["prune"].rglob("*") if p.is_file()}
     origin = out["prune"] / "checkpoints" / "step_000050"
-    assert run(monkeypatch, *mine, f"--resume={origin}", "--steps=61") == 2
-    assert "started with other settings" in capsys.readouterr().err and not (tmp_path / "x").exists()
     assert run(monkeypatch, *mine, f"--resume={origin}", "--stop_at=57") == 0
     assert f"going on from {origin}" in capsys.readouterr().out
     assert run(monkeypatch, *mine, f"--resume={origin}") == 0  # the same command goes on from its own checkpoint
@@ -59,6 +57,42 @@ def test_a_run_goes_on_from_another_runs_checkpoint(chain, tmp_path, monkeypatch
     for name in ("metrics.jsonl", "model/model.safetensors", "model/pruning.json"):
         assert (tmp_path / "x" / name).read_bytes() == (out["prune"] / name).read_bytes()
     assert before == {p: p.read_bytes() for p in out["prune"].rglob("*") if p.is_file()}
+
+
+def test_a_run_goes_on_with_other_settings_elsewhere(chain, tmp_path, monkeypatch, capsys):
+    """As after a gradient that was not finite: from the last good checkpoint, at a lower rate. What changed is logged,
+    also where the new run is stopped before its own first checkpoint."""
+    out, args = chain
+    mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["prune"]]
+    origin = out["prune"] / "checkpoints" / "step_000050"
+    other = [f"--resume={origin}", "--lr=1e-3", "--grad_clip=0.5", "--schedule=constant"]
+    assert run(monkeypatch, *mine, *other) == 0
+    assert "changed: lr was 0.003, now 0.001; grad_clip was 1.0, now 0.5; sche" in capsys.readouterr().out
+    first, second = metrics(tmp_path / "x", "run")
+    assert "changed" not in first and second["changed"]["lr"] == {"was": 3e-3, "now": 1e-3}
+    assert metrics(tmp_path / "x", "train")[-1]["lr"] == pytest.approx(1e-4, rel=0.1)
+    assert run(monkeypatch, *mine, *other, "--lr=1e-4") == 2  # where it has a run of its own, all stays
+    assert "started with other settings" in capsys.readouterr().err
+    shape = [a for a in mine if not a.startswith("--out=")] + [f"--out={tmp_path / 'y'}", f"--resume={origin}"]
+    assert run(monkeypatch, *shape, f"--init_from={out['prune']}", "--target_n_layer=1", "--target_d_ffn=16") == 2
+    assert "is not what" in capsys.readouterr().err and not (tmp_path / "y").exists()
+
+
+def test_data_and_source_may_move(chain, tiny_data, tmp_path, monkeypatch, capsys):
+    """They are known by what they hold: another path is the same data set, another content at the same path is not."""
+    out, args = chain
+    data, source = shutil.copytree(tiny_data, tmp_path / "data"), shutil.copytree(out["prune"], tmp_path / "source")
+    mine = [a for a in args["continue"] if not a.startswith(("--out=", "--data=", "--init_from="))]
+    x = f"--out={tmp_path / 'x'}"
+    assert run(monkeypatch, *mine, x, f"--data={data}", f"--init_from={source}", "--stop_at=13") == 0
+    other = [f"--data={tiny_data}/", f"--init_from={out['prune'] / 'model'}"]
+    capsys.readouterr()
+    assert run(monkeypatch, *mine, x, other[0], f"--init_from={out['pretrain']}") == 2
+    assert "init_from" in (err := capsys.readouterr().err) and "is not what" in err and err.count("\n") == 1
+    assert run(monkeypatch, *mine, x, *other) == 0
+    for name in ("model/model.safetensors", "model/config.json"):
+        assert (tmp_path / "x" / name).read_bytes() == (out["continue"] / name).read_bytes()
+    assert metrics(tmp_path / "x")[1:] == metrics(out["continue"])[1:]
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -161,7 +195,7 @@ def test_a_run_goes_on_with_its_own_data_and_whole_checkpoints(tiny_data, tmp_pa
     meta = (data / "meta.json").read_text()
     (data / "meta.json").write_text(meta.replace('"seed": 0', '"seed": 1'))
     assert run(monkeypatch, *args) == 2
-    assert "was prepared again" in capsys.readouterr().err
+    assert "it was made again, with other content" in capsys.readouterr().err
     (data / "meta.json").write_text(meta)
     copy = shutil.copytree(x / "checkpoints" / "step_000010", x / "checkpoints" / "step_000010-mine")
     shutil.copytree(copy, copy.with_name("step_000010_2"))

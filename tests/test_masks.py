@@ -267,3 +267,16 @@ def test_targets_that_cannot_be_are_refused(name):
     source = replace(SOURCE, n_kv_head=2)
     with pytest.raises(ValueError, match=words):
         PruningMasks(source, replace(source, **change), 0)
+
+
+def test_equal_scores_are_ordered_by_lot():
+    """Where all are equal, no index is favoured, each layer has its own lot, and all agree on who survives."""
+    gates = HardConcrete((40, 100), keep=50)
+    kept = gates.deterministic(50) > 0
+    assert (kept.sum(-1) == 50).all()
+    assert torch.equal(kept, gates.deterministic(50) > 0)
+    first_half = kept[:, :50].float().mean().item()
+    assert 0.45 < first_half < 0.55 and len({tuple(row.tolist()) for row in kept}) == 40
+    with torch.no_grad():
+        gates.log_alpha[:, 7] -= 1.0  # what differs decides before the lot
+    assert not (gates.deterministic(99) > 0)[:, 7].any()

@@ -154,7 +154,7 @@ def test_what_the_falling_rate_gains_is_foreseen():
 
 def test_together_is_the_least_squares_solution(monkeypatch):
     """The same problem, the prior on B included, as plain least squares from the true parameters."""
-    monkeypatch.setattr("scaling_law.COARSE_TO_FINE", (1e6,))  # no residual is an outlier
+    monkeypatch.setattr("scaling_law.HUBER", (1e6,))  # no residual is an outlier
     tokens, losses, rates, _, speeds = three_domains(0.6, noise=0.003, seed=5)
     t = tokens / tokens[-1]
 

@@ -23,7 +23,7 @@ from masks import PruningMasks
 from model import Llama, LlamaConfig
 from plumbing.command_line import fields, load
 from plumbing.data import BatchReader, TokenData
-from plumbing.models import load_model
+from plumbing.models import data_position, load_model
 from plumbing.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -131,8 +131,22 @@ def test_a_finished_run_is_left_as_it_is(chain, monkeypatch, capsys):
         before = {p: p.read_bytes() for p in out[stage].rglob("*") if p.is_file()}
         assert run(monkeypatch, *args[stage]) == 0 and "finished already" in capsys.readouterr().out
         assert before == {p: p.read_bytes() for p in out[stage].rglob("*") if p.is_file()}
-    assert run(monkeypatch, *args["prune"], "--steps=61") == 2
-    assert "steps was 60, now 61" in capsys.readouterr().err
+
+
+def test_the_number_of_steps_may_grow(chain, tmp_path, monkeypatch, capsys):
+    """A finished run goes on from its last checkpoint, says what changed, and has a new model."""
+    out, args = chain
+    again = shutil.copytree(out["continue"], tmp_path / "again")
+    mine = [f"--out={again}" if a.startswith("--out=") else a for a in args["continue"]]
+    before = (again / "model" / "model.safetensors").read_bytes()
+    assert run(monkeypatch, *mine, "--steps=30") == 2
+    assert "steps was 40, now 30" in capsys.readouterr().err
+    assert run(monkeypatch, *mine, "--steps=50") == 0
+    assert "changed: steps was 40, now 50" in capsys.readouterr().out
+    assert (again / "model" / "model.safetensors").read_bytes() != before
+    assert [line["steps"] for line in metrics(again, "run")] == [40, 50]
+    assert metrics(again, "run")[1]["changed"] == {"steps": {"was": 40, "now": 50}}
+    assert metrics(again, "end")[0]["step"] == 50 and metrics(again, "train")[-1]["step"] == 50
 
 
 def test_a_finished_run_whose_checkpoints_were_deleted_is_still_finished(tiny_data, tmp_path, monkeypatch, capsys):
@@ -167,6 +181,7 @@ def test_three_steps_of_pruning_by_hand(chain, tiny_data, tmp_path, monkeypatch)
                              betas=(0.9, 0.95), eps=1e-8)  # fmt: skip
     up = torch.optim.AdamW(masks.multipliers.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, maximize=True)
     reader = BatchReader(data, 64, 4, seed=0)
+    assert reader.go_on_after(data_position(out["pretrain"])) is None
     lines, evals = metrics(tmp_path / "x", "train"), metrics(tmp_path / "x", "eval")
     drawn = dict.fromkeys(data.domains, 0)
     for step in range(3):
@@ -201,6 +216,82 @@ def test_three_steps_of_pruning_by_hand(chain, tiny_data, tmp_path, monkeypatch)
             losses = domain_losses(model, data, "val", 64, 4, 2, masks.deterministic(at_target=False))
         assert evals[step + 1]["loss"] == pytest.approx(losses, rel=1e-4)
         assert evals[step + 1]["parameters"] == pytest.approx(masks.expected_params().item(), rel=1e-5)
+
+
+def sequences_of(out, data: TokenData) -> set[tuple[str, int]]:
+    """(domain, number) of the sequences that a run has read, drawn again by the weights that it logged."""
+    config = json.loads((out / "config.json").read_text())
+    reader, read = BatchReader(data, config["seq_len"], config["batch_size"], config["seed"]), set()
+    if config["init_from"]:
+        reader.go_on_after(data_position(config["init_from"]))
+    evals = metrics(out, "eval")
+    for step in range(config["steps"]):
+        newest = [e for e in evals if e["step"] <= step][-1]
+        domains, numbers = reader.draw(step, np.array([newest["weights"][d] for d in data.domains]))
+        read |= {(data.domains[d], n) for d, n in zip(domains, numbers.tolist())}
+    assert reader.state_dict() == data_position(out)  # what the model's directory says is what was read
+    return read
+
+
+def test_no_stage_reads_what_an_earlier_stage_has_read(chain, tiny_data):
+    out, data = chain[0], TokenData(tiny_data)
+    stages = [sequences_of(out[stage], data) for stage in ("pretrain", "prune", "continue")]
+    assert [len(read) for read in stages] == [4 * 60, 4 * 60, 4 * 40]  # nothing comes twice within a stage either
+    assert len(set.union(*stages)) == sum(map(len, stages))
+    last = metrics(out["continue"], "eval")[-1]["epochs"]
+    read = {d: sum(name == d for stage in stages for name, _ in stage) for d in data.domains}
+    assert last == {d: pytest.approx(read[d] / data.sequences(d, "train", 64)) for d in data.domains}
+
+
+def test_a_run_that_must_start_over_says_so(chain, tiny_data, tmp_path, monkeypatch, capsys):
+    args = [f"--data={tiny_data}", f"--init_from={chain[0]['pretrain']}", "--steps=2"]
+    assert run(monkeypatch, *args, f"--out={tmp_path / 'goes on'}", "--seed=5") == 0
+    assert "from its beginning" not in capsys.readouterr().out
+    assert min(metrics(tmp_path / "goes on", "eval")[0]["epochs"].values()) > 0  # the permutation of the source's seed
+    assert run(monkeypatch, *args, f"--out={tmp_path / 'short'}", "--seq_len=32") == 0
+    said = "it was trained on sequences of 64 tokens, not 32"
+    assert said in capsys.readouterr().out
+    assert set(metrics(tmp_path / "short", "eval")[0]["epochs"].values()) == {0.0}
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    meta = data / "meta.json"
+    meta.write_text(meta.read_text().replace('"seed": 0', '"seed": 1'))
+    assert run(monkeypatch, f"--data={data}", *args[1:], f"--out={tmp_path / 'other'}") == 0
+    assert "from its beginning, not from where" in (text := capsys.readouterr().out) and "on other data" in text
+
+
+def test_a_domain_that_is_used_up_is_told_once_an_epoch(tiny_data, tmp_path, monkeypatch, capsys):
+    data = TokenData(tiny_data)
+    ratio = {"animals": 0.98, "brackets": 0.01, "sums": 0.01}
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", f"--ratio={ratio}", "--seq_len=64", "--batch_size=256"]
+    steps = 2 * data.sequences("animals", "train", 64) // 256 + 4
+    small = ["--n_layer=1", "--d_model=8", "--n_head=1", "--d_ffn=8", "--log_interval=1"]
+    assert run(monkeypatch, *args, *small, f"--steps={steps}", f"--stop_at={steps - 2}") == 0
+    text = capsys.readouterr().out
+    assert run(monkeypatch, *args, *small, f"--steps={steps}") == 0
+    text += capsys.readouterr().out
+    for epoch in (2, 3):
+        told = f"all text of domain animals has been read, and comes again: epoch {epoch} begins"
+        assert text.count(told) == 1
+    assert "domain sums has been read" not in text
+    epochs = [line["epochs"]["animals"] for line in metrics(tmp_path / "x", "train")]
+    assert epochs == sorted(epochs) and 2 < epochs[-1] < 3
+
+
+def test_step_0_moves_nothing_and_is_measured_without_gates(chain):
+    out = chain[0]
+    first, second = metrics(out["prune"], "eval")[:2]
+    assert first["loss"] == metrics(out["pretrain"], "end")[0]["loss"]  # the source as it is
+    assert first["weights"] == first["ratio"] and first["gates"] is None and second["gates"]
+    assert set(first["reference_is"].values()) == {"given"}
+    later = [set(e["reference_is"].values()) for e in metrics(out["prune"], "eval") if any(e["prediction"].values())]
+    assert later and all(source <= {"predicted", "seen", "given"} for source in later) and later[-1] != {"given"}
+
+
+def test_sequences_that_do_not_fit_the_windows_are_told(tiny_data, tmp_path, monkeypatch, capsys):
+    for seq_len, said in ((64, False), (128, False), (48, True), (256, True)):
+        out = tmp_path / str(seq_len)
+        assert run(monkeypatch, f"--data={tiny_data}", f"--out={out}", "--steps=1", f"--seq_len={seq_len}") == 0
+        assert ("go across their borders" in capsys.readouterr().out) == said
 
 
 def test_the_gates_know_nothing_of_the_batch(tiny_data):
