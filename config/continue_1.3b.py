@@ -1,6 +1,6 @@
 """Train the 1.3B model that prune_7b.py made on, the paper's setting: 48,000 steps of 256 x 4,096 tokens, 50B tokens.
 
-    torchrun --nproc_per_node=8 train.py config/continue_1.3b.py
+    torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/continue_1.3b.py
 
 46 GiB a GPU on 8 (`--dry_run --world_size=8`).
 """

@@ -1,6 +1,6 @@
 """Llama-2-7B to 1.3B, the paper's setting: all four granularities at once, the full method, seven RedPajama domains.
 
-    torchrun --nproc_per_node=8 train.py config/prune_7b.py
+    torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/prune_7b.py
 
 3,200 steps of 32 x 4,096 tokens: 0.42B tokens. 38 GiB a GPU on 8, 17 with
 shard_gradients = True. Look before you rent:

@@ -1,6 +1,6 @@
 """Llama-2-7B to 2.7B, the paper's larger target. All else is as in prune_7b.py.
 
-    torchrun --nproc_per_node=8 train.py config/prune_7b_2.7b.py
+    torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/prune_7b_2.7b.py
 
 0.42B tokens; 38 GiB a GPU on 8, 17 with shard_gradients = True.
 """

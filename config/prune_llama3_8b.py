@@ -1,6 +1,6 @@
 """Llama-3-8B to about 3B: grouped-query attention, so whole KV groups go with their query heads.
 
-    torchrun --nproc_per_node=8 train.py config/prune_llama3_8b.py
+    torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/prune_llama3_8b.py
 
 0.42B tokens; 48 GiB a GPU on 8 (`--dry_run --world_size=8`). All else is as in prune_7b.py.
 """

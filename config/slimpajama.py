@@ -23,6 +23,7 @@ ratio = {
 schedule = "dro"
 dynamic_reference = True
 dynamic_ratio = True
+law = "paper"
 
 seq_len = 4096
 lr = 1e-4

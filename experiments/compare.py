@@ -22,9 +22,9 @@ toy pruning stage and the toy continue stage run under each schedule, everything
 
 Parts, in this order:
 
-    skew          ten of them, 5 seeds, at a mixture of 78 % C++ headers
+    skew          eleven of them, 5 seeds, at a mixture of 78 % C++ headers
     recovery      all of them, the continue stage alone, from the model that `constant` has pruned: the same gates
-    own           nine, at the mixture that the source was trained on
+    own           ten, at the mixture that the source was trained on
     recovery_own  nine, as recovery, at that mixture
     long          three times the steps at the skewed mixture, five schedules, 3 seeds
     languages     seven languages (experiments/languages.py), three quarters English, five schedules, 3 seeds
@@ -82,7 +82,8 @@ SCHEDULES = {
     "mean": ["--schedule=constant"],
 }
 OFF = ["--dynamic_reference=False", "--dynamic_ratio=False"]  # the configs' defaults are the full method
-SKEW = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]  # of the domains in alphabetical order
+SKEW = {"cpp": 0.78, "python": 0.1, "docstrings": 0.04, "comments": 0.03, "formulas": 0.02, "manuals": 0.02}
+SKEW["stubs"] = 0.01
 ENGLISH = {"en": 0.78, "de": 0.10, "fr": 0.04, "ru": 0.03, "ja": 0.02, "zh": 0.02, "ar": 0.01}
 ABLATIONS = {
     "rho": [0.02, 0.05, 0.2, 0.5, 1.0],  # beside the default, which `recovery` has
@@ -113,9 +114,9 @@ class Part:
 
 
 PARTS = {
-    "skew": Part([*EIGHT, "full, rho 0.5", "full, tempered"], 5, SKEW),
+    "skew": Part([*EIGHT, "full, rho 0.5", "full, tempered", "full, paper's law"], 5, SKEW),
     "recovery": Part(list(SCHEDULES), 5, SKEW, pruned="skew"),
-    "own": Part([*EIGHT, "full, tempered"], 5, None),
+    "own": Part([*EIGHT, "full, tempered", "full, paper's law"], 5, None),
     "recovery_own": Part([*EIGHT, "full, rho 0.5"], 5, None, pruned="own"),
     "long": Part([*FOUR, "full, rho 0.5"], 3, SKEW, length=3),
     "languages": Part([*FOUR, "full, rho 0.5"], 3, ENGLISH, data="data/languages", sources="source_languages"),

@@ -188,7 +188,7 @@ def start_of_text(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """What stands before the token ids of a text that a model is given: the BOS token (beginning of sequence) where the
     tokenizer has one, else nothing. But a model needs a token to go on from: without BOS an empty text gets the end
     token, after which any document may begin."""
-    bos = getattr(tokenizer, "bos", None)
+    bos = tokenizer.bos
     if bos is not None:
         return [bos]
     if not ids:
