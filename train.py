@@ -148,7 +148,10 @@ class Trainer:
     def restore(self, run: Run, log: Log) -> int:
         """Take up what `save` wrote. Returns the number of steps that are done."""
         state, given = run.state, self.mixture.state
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         run.load(self.tree, self.optimizer)
+        for group, own in zip(self.optimizer.param_groups, groups):
+            group.update(own)  # rates and weight decay are this run's: a run may go on from one with others
         self.mixture.state = state["mixture"]
         if None in self.mixture.state["reference"]:  # this run may go on with references that the other did not have
             self.mixture.state |= {key: given[key] for key in ("reference", "reference_is")}

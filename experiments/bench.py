@@ -5,9 +5,9 @@
 A step is forward, backward and AdamW in float32 on 2 threads: d_model 256, 6 layers, 8 heads, d_ffn 688, vocabulary
 512, 8 sequences of 256 tokens. The models take turns, so that a change of the machine's speed hits all alike; after a
 warm-up, medians and the median of the rounds' ratios are printed. "F.linear" is our dense step with the matrix products
-that transformers has, by MKL on an x86 CPU, where ours are by oneDNN (plumbing/products.py): it shows what is left of
-the difference without them. Gated is the whole pruning step: sampling the gates, the forward through them, the constraint, and AdamW
-on log_alpha and the multipliers too. --compile puts all through torch.compile, which has no use for oneDNN, so that
+that transformers has, by MKL on an x86 CPU, where ours are by oneDNN (plumbing/products.py). It shows what is left of
+the difference without oneDNN. Gated is the whole pruning step: sampling the gates, the forward through them, the
+constraint, and AdamW on log_alpha and the multipliers too. --compile puts all through torch.compile, which has no use for oneDNN, so that
 "F.linear" is what "dense" is.
 
 The schedule is one evaluation's update (scaling law, reference, weights, ratio) at 7 domains with 64 points each.
