@@ -7,8 +7,8 @@ A step is forward, backward and AdamW in float32 on 2 threads: d_model 256, 6 la
 warm-up, medians and the median of the rounds' ratios are printed. "F.linear" is our dense step with the matrix products
 that transformers has, by MKL on an x86 CPU, where ours are by oneDNN (plumbing/products.py). It shows what is left of
 the difference without oneDNN. Gated is the whole pruning step: sampling the gates, the forward through them, the
-constraint, and AdamW on log_alpha and the multipliers too. --compile puts all through torch.compile, which has no use for oneDNN, so that
-"F.linear" is what "dense" is.
+constraint, and AdamW on log_alpha and the multipliers too. --compile puts all through torch.compile, which has no use
+for oneDNN, so that "F.linear" is what "dense" is.
 
 The schedule is one evaluation's update (scaling law, reference, weights, ratio) at 7 domains with 64 points each.
 """
