@@ -6,6 +6,7 @@
 # make clean    remove what demo and test have made
 #
 # All but clean first make a virtual environment in .venv and install requirements.txt there, if it is not there yet.
+# On Linux, pip takes torch's CUDA build, which is some GB large. If torch's CPU build is installed there, it is enough.
 
 PYTHON ?= python3
 VENV ?= .venv
