@@ -25,7 +25,7 @@ from scipy.optimize import brentq
 from scaling_law import FitError, ScalingLaw, fit_together
 
 COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
-MORE_POINTS_THAN = 10  # evaluations: with so many or fewer the scaling law is not asked yet (section 3.2)
+MORE_POINTS_THAN = 10  # points: the scaling law is asked only when there are more (section 3.2)
 RHO_MIN = 1e-20  # a robust set smaller than this is the reference ratio itself
 
 
@@ -38,12 +38,12 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
     """The worst mixture within chi2(q, ratio) <= rho: argmax Σ q_i (l_i - r_i), eq. 3 and 5.
 
     Equal excesses l - r give the ratio itself. A rho beyond reach gives the extreme point: everything, but for the
-    floor, on the largest excess. The floor keeps every domain in the training, at `floor` times its share of the ratio
-    before the weights are made to sum to 1; so it changes every mixture, and only at 0 is this the exact argmax.
+    floor, on the largest excess. The floor keeps every domain in the training: one that would get less is lifted to
+    `floor` times its share of the ratio, and then the weights are made to sum to 1. Only at 0 is it the exact argmax.
 
     That argmax knows no scale: it goes as far for a difference of .001 nats as for one of 1. With a temperature, in
     nats, it is the argmax of Σ q_i (l_i - r_i) - temperature · chi2(q, p) within the same set: a domain's q_i / p_i
-    rises by at most 1 for every `temperature` nats of its excess. 0 is the paper's.
+    rises by at most 1 for every `temperature` nats of its excess. At 0 it is the paper's argmax.
 
     Arrays of one value per domain; the ratio need not add up to 1. ValueError for values that are not finite, a ratio
     that is not positive, rho or temperature below 0, or a floor that is not in [0, 1).
@@ -73,7 +73,7 @@ def weights_at(eta: float, excess, p, floor: float) -> np.ndarray:
 
 
 def eta_of_the_set(excess, p, rho: float, floor: float) -> float:
-    """The eta at which chi2(q, p) = rho; with a rho beyond reach, the eta above which is only the worst domain.
+    """The eta at which chi2(q, p) = rho. If no mixture is as far from p, the eta above which only the worst domain is.
 
     chi2 rises with eta: far below all excesses q is p, just below the largest one it is the extreme point.
     """
@@ -103,7 +103,7 @@ def eta_of_the_temperature(excess, p, temperature: float) -> float:
 def sheared_weights(weights, losses, reference, step_size: float = 1.0, smoothing: float = 1e-4, clip: bool = False):
     """Sheared LLaMA's dynamic batch loading: w_i ∝ w_i · exp(step_size · (l_i - r_i)), mixed with a little uniform.
 
-    clip=True takes excesses at 0 at least, as its paper says; its code, the default here, does not.
+    clip=True: an excess below 0 counts as 0, as Sheared LLaMA's paper says. Its code, and the default here, do not.
     """
     weights, losses, reference = (np.asarray(x, np.float64) for x in (weights, losses, reference))
     check(losses=losses, reference=reference, ratio=weights)
@@ -160,7 +160,7 @@ class Mixture:
     reference: list[float] | None = None  # given reference losses
     dynamic_reference: bool = False  # section 3.2
     dynamic_ratio: bool = False  # section 3.3
-    law: str = "rate"  # "paper": eq. 4, and the lowest prediction counts; "rate": fit_together, and the newest does
+    law: str = "rate"  # "paper": eq. 4, and the lowest prediction counts; "rate": fit_together, and the newest counts
     rho: float = 0.1
     floor: float = 0.2
     temperature: float = 0.0
@@ -180,7 +180,7 @@ class Mixture:
             "ratio": self.initial.tolist(),
             "reference": [None] * n if given is None else [float(r) for r in given],
             "reference_is": [None] * n if given is None else ["given"] * n,  # later "predicted" or "seen"
-            "history": {"tokens": [], "losses": [], "params": [], "rates": []},  # one row per evaluation
+            "history": {"tokens": [], "losses": [], "params": [], "rates": []},  # one entry per evaluation
         }
 
     @property

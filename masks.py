@@ -36,7 +36,7 @@ UNDECIDED = (0.05, 0.95)  # a gate whose P(z != 0) lies between is neither prune
 
 
 def gate_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """granularity -> shape of the gates that prune it. A row (the last axis) is what gates compete in to survive."""
+    """granularity -> shape of its gates. The gates of a row (the last axis) compete for the places that are kept."""
     return {
         "layer": (config.n_layer,),
         "hidden": (config.d_model,),
@@ -59,7 +59,7 @@ def survivors(scores: Tensor, keep: int | Tensor) -> Tensor:
 
 
 class HardConcrete(nn.Module):
-    """The distribution of one granularity's gates, `shape` of them. Each row (the last axis) is to keep `keep`."""
+    """The distribution of one granularity's gates, `shape` of them. `keep` of each row (the last axis) survive."""
 
     def __init__(self, shape: tuple[int, ...], keep: int, init: float = LOG_ALPHA_MAX):
         super().__init__()
@@ -186,7 +186,7 @@ class PruningMasks(nn.Module):
         s = self.source
         device = next(self.parameters(), torch.empty(0)).device
 
-        def left(distribution, size):  # expected number left of each row, () or (L,)
+        def left(distribution, size):  # expected number of survivors in each row, () or (L,)
             return torch.tensor(size, device=device) if distribution is None else distribution.prob_nonzero().sum(-1)
 
         d, groups, ffn = left(self.hidden, s.d_model), left(self.head, s.n_kv_head), left(self.ffn, s.d_ffn)

@@ -124,7 +124,7 @@ def scale_rows(weight: Tensor, z: Tensor | None) -> Tensor:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Where squares, angles and losses are computed: float32 for the 16-bit dtypes, else the dtype itself."""
+    """The dtype that squares, angles and losses are computed in: float32 for a 16-bit dtype, else the dtype itself."""
     return torch.promote_types(dtype, torch.float32)
 
 

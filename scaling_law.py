@@ -35,9 +35,9 @@ ALPHA, BETA = (0.0, 5.0), (0.02, 5.0)  # bounds of the exponents
 # Huber's loss: points that miss by more than its limit count linearly. The fit is made with one limit after the other:
 # the wide ones find the way, the last one, in nats about the noise of a validation loss, lets outliers pull less.
 HUBER = (1.0, 0.1, 0.01)
-PRIOR_B = 0.14  # pulls B to 0 (a ridge): losses are noisy by .014 nats, B is about .1; until the rate has moved B ~ 0
+PRIOR_B = 0.14  # pulls B to 0 (a ridge): losses are noisy by .014 nats, B is about .1. Until the rate moved, B is 0
 PRIOR_ALPHA = 1e-3  # the same for alpha, too weak to matter once P has changed
-MAD_TO_SIGMA = 1.4826  # of a normal distribution: its standard deviation over its median absolute deviation
+MAD_TO_SIGMA = 1.4826  # standard deviation of a normal distribution, divided by its median absolute deviation
 REACH = 3.0  # how far a law is trusted beyond its points, see `tokens_supported`
 
 
@@ -77,7 +77,7 @@ def fit(tokens, losses, params=None) -> ScalingLaw:
     """
     tokens, losses = np.asarray(tokens, np.float64), np.asarray(losses, np.float64)
     if tokens.shape != losses.shape or tokens.ndim != 1:
-        raise FitError("tokens, losses and params must be rows of the same length")
+        raise FitError("tokens, losses and params must have the same length")
     if (tokens <= 0).any():
         raise FitError("every point must be finite and above 0")
     (law,) = fit_together(tokens[:, None], losses[:, None], params)
@@ -98,7 +98,7 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
     rates = np.zeros(len(tokens)) if rates is None else np.asarray(rates, np.float64)
     tokens_end = np.zeros(tokens.shape[-1]) if tokens_end is None else tokens_end
     if tokens.shape != losses.shape or tokens.ndim != 2 or not params.shape == rates.shape == tokens.shape[:1]:
-        raise FitError("tokens, losses, params and rates must be rows of the same length")
+        raise FitError("tokens, losses, params and rates must have the same length")
     if not (np.abs(rates) <= LARGEST).all():
         raise FitError("every learning rate must be finite")
     if np.ptp(rates) == 0:  # B cannot be told from E

@@ -49,7 +49,7 @@ from plumbing.settings import FREE, Settings
 
 
 class Trainer:
-    """One run, from its first step to the finished model: the same on a CPU, on 8 GPUs, and on mere shapes."""
+    """One run, from its first step to the finished model: the same on a CPU, on 8 GPUs, and in the dry run."""
 
     def __init__(self, s: Settings, model: Llama, masks: PruningMasks | None, reader: BatchReader, mixture: Mixture):
         self.s, self.masks, self.reader, self.mixture = s, masks, reader, mixture
@@ -100,7 +100,7 @@ class Trainer:
         self.meter.check(mixture.domains)
         with log.clock.paused():
             z = None
-            if masks and step > 0:  # not yet the target shape: the losses would say nothing
+            if masks and step > 0:  # the target shape would cut off what is still in use: its losses would say nothing
                 z = masks.deterministic(at_target=False)
             losses = validation_losses(s, self.model, self.reader.data, z)
             course = self.course(step)
@@ -113,8 +113,8 @@ class Trainer:
             log.evaluation(step, losses, course, mixture, masks, z)
 
     def course(self, step: int) -> list[Point]:
-        """Nine points from here to the end of the run on the scaling law's axes. The tokens of each domain go on as on
-        average so far (the weights of the moment jump), parameters left and learning rate as they are scheduled."""
+        """Nine points from here to the end of the run on the scaling law's axes. We assume that each domain gets tokens
+        at its average rate so far, as the weights jump. Parameters and learning rate follow their schedules."""
         s, left = self.s, self.s.steps - step
         seen = self.reader.tokens_seen()
         seen_at_end = seen * (s.steps / max(1, step))
@@ -387,7 +387,7 @@ def main():
             trainer.evaluate(log, step=0)
         trainer.train(run, log, first)
         trainer.finish(run, log, sharding)
-    except SystemExit:  # whatever for: a checkpoint that is still being written is a good one
+    except SystemExit:  # a checkpoint that is still being written is a good one, however the run ends
         run.finish_save()
         raise
     except OSError as error:

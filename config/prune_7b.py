@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/prune_7b.py
 
-3,200 steps of 32 x 4,096 tokens: 0.42B tokens. 38 GiB a GPU on 8, 17 with
+3,200 steps of 32 x 4,096 tokens: 0.42B tokens. 38 GiB per GPU on 8 GPUs, 17 with
 shard_gradients = True. Look before you rent:
 
     python train.py config/prune_7b.py --dry_run --world_size=8 --gpu=h100
@@ -27,7 +27,7 @@ warmup = 320
 activation_checkpointing = True
 
 sparsity_warmup = 640
-gate_lr = 1.0  # log_alpha has some 9 to go, from its upper clamp to its lower one
+gate_lr = 1.0  # log_alpha must travel 9.2, from its upper clamp to its lower one
 multiplier_lr = 1.0
 
 # what Sheared LLaMA's scaling law says a 1.3B model should reach

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/prune_llama3_8b.py
 
-0.42B tokens; 48 GiB a GPU on 8 (`--dry_run --world_size=8`). All else is as in prune_7b.py.
+0.42B tokens; 48 GiB per GPU on 8 GPUs (`--dry_run --world_size=8`). All else is as in prune_7b.py.
 """
 
 base = "prune_7b.py"

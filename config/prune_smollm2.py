@@ -24,10 +24,10 @@ warmup = 20
 dtype = "bfloat16"
 
 sparsity_warmup = 240
-gate_lr = 1.0  # the paper's; log_alpha has some 9 to go, from its upper clamp to its lower one
+gate_lr = 1.0  # the paper's; log_alpha must travel 9.2, from its upper clamp to its lower one
 multiplier_lr = 1.0  # the paper's
 log_alpha = 3.0  # a short run starts below the upper clamp (4.6) and with a phi above 0,
-phi = 200.0  # or the constraint would not have its targets by the end
+phi = 200.0  # otherwise the constraint would not reach its targets by the end
 
 schedule = "dro"
 dynamic_reference = True

@@ -16,11 +16,11 @@ seq_len = 256
 lr = 2e-3
 warmup = 40
 
-sparsity_warmup = 240  # a slow ramp: what goes early goes by chance
-gate_lr = 1.0  # the paper's; log_alpha has some 9 to go, from its upper clamp to its lower one
+sparsity_warmup = 240  # a slow ramp: structures that are removed early are chosen nearly at random
+gate_lr = 1.0  # the paper's; log_alpha must travel 9.2, from its upper clamp to its lower one
 multiplier_lr = 1.0  # the paper's
 log_alpha = 3.0  # a short run starts below the upper clamp (4.6) and with a phi above 0,
-phi = 200.0  # or the constraint would not have its targets by the end
+phi = 200.0  # otherwise the constraint would not reach its targets by the end
 
 schedule = "dro"
 dynamic_reference = True

@@ -14,7 +14,7 @@ toy pruning stage and the toy continue stage run under each schedule, everything
     full                              both: DRPruning, with the scaling law that knows the learning rate
     full, paper's law                 both, with eq. 4 as the paper has it
     full, rho 0.5; dro, rho 0.5       in a robust set whose divergence may be five times as large
-    full, tempered                    ten times as large, but .01 nats of excess move a share by its ratio at most
+    full, tempered                    ten times as large; a weight rises by at most its reference share per .01 nats
     sheared, step 2                   twice the step size
     full, predicted only              both, with no references given: the prediction is all there is
     uniform                           constant, at equal shares
@@ -31,8 +31,8 @@ Parts, in this order:
     ablation      as recovery, one setting of the full method at a time, one seed
 
 All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. Some of the
-models are asked the two-choice questions of continuation.py, too. What is done is skipped, so an interrupted call
-goes on (after a change of the configs or of the data, remove out/compare first); two runs on one thread each go side
+models are asked the two-choice questions of plumbing/continuation.py, too. What is done is skipped, so an interrupted
+call goes on (after a change of the configs or of the data, remove out/compare first); two runs, one thread each, go side
 by side. The report goes to docs/compare/ (or --docs); that of a trial (--scale) or of other data, with `constant`,
 `sheared`, `dro` and `full` only, to a folder of its own beside out/compare.
 """

@@ -50,7 +50,7 @@ def user_errors():
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             error = f"{error.filename}: {error.strerror}"
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes, one on each machine
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts many processes: one on each machine says it
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -219,8 +219,15 @@ def parser_of(cls: type, known: dict[str, Field]) -> Parser:
         if field.group:
             group = parser.add_argument_group(field.group)
         doc = field.doc.replace("%", "%%")
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=f"{field.default!r}", help=doc)
+        doc += f" (default: {field.default!r})".replace("%", "%%")
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=_placeholder(field.kind), help=doc)
     return parser
+
+
+def _placeholder(kind: type) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return {"int": "N", "float": "X", "bool": "True|False", "str": "TEXT"}.get(kind.__name__, kind.__name__.upper())
 
 
 def value_of(text: str, kind: type) -> Any:

@@ -4,10 +4,10 @@
 
 Two steps of the real training code run on fake tensors, which have shapes but no memory, in a process group that only
 pretends to have the other processes; PyTorch's memory tracker watches the second one (in the first, AdamW makes its
-state). So the memory figure knows of whatever the code does. Not of the allocator's fragmentation and of what CUDA and
-NCCL need for themselves: a run must leave RESERVE free.
+state). So the memory figure knows of whatever the code does. It does not know how fragmented the memory gets, nor
+what CUDA and NCCL need for themselves. So a run must leave RESERVE free.
 
-The time is no measurement: FLOPs, recomputed ones too, over the GPU's peak times the utilisation that is assumed.
+The time is not measured. It is the FLOPs, recomputed ones too, divided by the GPU's peak times the assumed utilisation.
 """
 
 import re
@@ -32,7 +32,7 @@ from plumbing.settings import Settings
 
 GIB = 2**30
 PEAKS = {"h200": (989e12, 67e12), "h100": (989e12, 67e12), "a100": (312e12, 19.5e12)}  # FLOP/s in bfloat16, float32
-GPUS = {  # name -> memory in bytes, as the driver gives it to a process
+GPUS = {  # name -> memory in bytes that a process can use
     "h200": 140 * GIB,
     "h100": 79 * GIB,
     "a100-40gb": 39 * GIB,
@@ -186,7 +186,7 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     """
     processes, (mine, micro_batch) = s.world_size, s.split_batch(s.world_size)
     mine = min(mine, 2 * micro_batch)  # with more micro-batches per step it needs no more
-    # in DDP each process needs what it would need alone, but the buckets that its gradients are in stay
+    # with DDP a process needs what it would need alone, and the buckets that hold its gradients stay in memory
     n = processes if s.parallel == "fsdp" else 1
     s = replace(s, batch_size=mine * n, micro_batch=micro_batch, gate_samples=mine * n // micro_batch)
     never = 10**9  # nothing is logged, evaluated or saved in two steps

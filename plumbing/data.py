@@ -39,7 +39,7 @@ class TokenData:
     fingerprint  what the tokenizer makes of awkward text, to compare with a model's
     digest       of all that tells it from other data: counts, tokenizer, seed
 
-    `domains` restricts it to some domains, in that order. Raises ValueError for whatever is wrong with the files.
+    `domains` restricts it to some domains, in that order. Raises ValueError if something is wrong with the files.
     """
 
     def __init__(self, path: Path | str, domains: list[str] | None = None):
@@ -216,8 +216,8 @@ class BatchReader:
         """The tokens of these sequences, int64 (b, T+1)."""
         tokens = np.empty((len(domains), self.seq_len + 1), np.int64)
         for d in np.unique(domains):
-            rows = domains == d
-            tokens[rows] = self.data.read(self.data.domains[d], "train", self.seq_len, sequences[rows])
+            mine = domains == d
+            tokens[mine] = self.data.read(self.data.domains[d], "train", self.seq_len, sequences[mine])
         return torch.from_numpy(tokens)
 
     def _advance(self, d: int) -> int:
@@ -238,7 +238,7 @@ class BatchReader:
         return np.array(self.counts) / self.totals
 
     def state_dict(self) -> dict:
-        """All of the state, and what it is the state of: what a run that starts from this one must know."""
+        """How far each domain was read, and in which data and order: a run that starts from this one needs both."""
         return {
             "data": self.data.digest,
             "seq_len": self.seq_len,

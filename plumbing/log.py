@@ -62,7 +62,7 @@ class Meter:
 
 
 class Clock:
-    """Seconds of a run: all, those before it was stopped included, and those of training since the last line."""
+    """Measures the seconds of a run, those before it was stopped included, and of training since the last line."""
 
     def __init__(self, step: int = 0, seconds: float = 0.0):
         self.first_step = self.last_step = step
@@ -113,7 +113,7 @@ class Log:
                 f"go across their borders; prepare_data.py --window {s.seq_len} makes them whole"
             )
         if s.schedule == "dro" and s.dynamic_ratio and np.ptp(mixture.initial) == 0:
-            say("note: with equal shares in `ratio` its bounds leave dynamic_ratio no room (section 3.3)")
+            say("note: all domains have equal shares, so dynamic_ratio has no effect: its bounds leave no room (3.3)")
 
     def begin(self, target: LlamaConfig | None) -> None:
         """The first line: what kind of run this is. It comes again where a run goes on with other settings."""
@@ -177,7 +177,7 @@ class Log:
         self.epochs = epochs
 
     def _timing(self, step: int) -> str:
-        """A line of timings.jsonl, which holds what another run of the same settings would not repeat; and its text."""
+        """Write a line of timings.jsonl, and return its text. Another run of the same settings has other numbers."""
         device = self.device
         steps_per_second, left = self.clock.lap(step, self.s.steps)
         speed = steps_per_second * self.tokens_per_step
@@ -292,7 +292,7 @@ def say(text: str) -> None:
 
 
 def give_up(text: str) -> None:
-    """End all processes, which are all here; one of them says why."""
+    """End the run. All processes must call it; one of them says why."""
     sys.exit(f"train.py: {text}" if parallel.is_first() else 1)
 
 

@@ -48,7 +48,9 @@ def start(device: torch.device) -> torch.device:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():  # all of them see it: one says so
+        if (
+            int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
+        ):  # every process sees this; the first one says so
             raise ValueError(f"{torch.cuda.device_count()} GPUs here, fewer than --nproc_per_node")
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
@@ -84,7 +86,7 @@ def is_first() -> bool:
 def barrier() -> None:
     """Wait for all."""
     if size() > 1:
-        dist.all_reduce(torch.zeros(()))  # on the hosts
+        dist.all_reduce(torch.zeros(()))  # between the CPUs
 
 
 def sum_(x: Tensor) -> Tensor:
@@ -142,8 +144,8 @@ def make_model(
     """The model, or this process's shard of it, with the weights of `source`: a model directory, a seed to draw them
     from, or None where a checkpoint will fill them in. It is never whole in memory where it is sharded.
 
-    mesh, dtype: see `sharding`; weights and the sums of their gradients stay float32. checkpoint_layers, compiled: a
-    layer at a time.
+    mesh, dtype: see `sharding`; weights and the sums of their gradients stay float32. checkpoint_layers, compiled:
+    whether each layer is computed again in the backward pass, and whether it is compiled.
     """
     with torch.device("meta"):
         model = Llama(config)
@@ -159,7 +161,7 @@ def make_model(
         for module in (*model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
         model.to_empty(device=device)
-        if config.tie_embeddings:  # made two of it
+        if config.tie_embeddings:  # fully_shard has made two parameters of the tied one
             model.lm_head.weight = model.embed_tokens.weight
     with torch.no_grad():
         if read is not None:
@@ -198,7 +200,7 @@ class Engine:
     """A model as the training loop calls it: in mixed precision, and as one of several processes.
 
     dtype: what matrix products are computed in ("float32" or "bfloat16"). each: average the gradients after each
-    micro-batch of a step, which needs less memory with shards; else they are averaged with the last one.
+    micro-batch, which needs less memory with shards. Otherwise they are averaged with the last one.
     """
 
     def __init__(self, model: Llama, dtype: str = "float32", each: bool = False):

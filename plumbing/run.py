@@ -108,7 +108,7 @@ class Run:
         if config.exists() and (self.checkpoint is None or self.origin != self.path):
             old = json.loads(config.read_text())
             if "steps" not in old:  # the config.json of a model, which would be overwritten
-                raise ValueError(f"{config} is not of a run, choose another --out")
+                raise ValueError(f"{config} is not the config.json of a run, choose another --out")
             changed = self._changes(old)
         elif self.origin != self.path:
             return
@@ -195,7 +195,7 @@ class Run:
                 return
             checkpoint.wait(saving)
         self.pending = None
-        if parallel.is_first():  # its part of a save ends when all the others' have
+        if parallel.is_first():  # it ends its part of a save only after all others
             partial.rename(final)
             for old in checkpoints(final.parent.parent)[:-keep]:
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
@@ -206,7 +206,7 @@ class Run:
 
 
 def append(file, line: dict) -> None:
-    """One line of JSON, in the file at once; nothing in the processes that do not log."""
+    """Append a line of JSON and flush it. Processes that do not log do nothing."""
     if file is not None:
         file.write(json.dumps(line).encode() + b"\n")
         file.flush()

@@ -49,7 +49,9 @@ class Settings:
 
     target_n_layer: Annotated[int, Group("pruning"), NOT_NEGATIVE, "layers to keep; 0 means all"] = 0
     target_d_model: Annotated[
-        int, NOT_NEGATIVE, "hidden dimensions to keep; 0 means all; a multiple of target_n_head"
+        int,
+        NOT_NEGATIVE,
+        "hidden dimensions to keep; 0 means all. A multiple of target_n_head: transformers loads no other Llama",
     ] = 0
     target_n_head: Annotated[
         int,
@@ -59,8 +61,8 @@ class Settings:
     target_d_ffn: Annotated[int, NOT_NEGATIVE, "feed-forward dimensions to keep in each layer; 0 means all"] = 0
     gates: Annotated[
         str,
-        "learned: gates are trained with the weights. Other choices are made first, and the small model is cut out "
-        "before the training: random, magnitude (of the weights), or the path of a pruning.json",
+        "learned: gates are trained with the weights. random, magnitude (of weights), or the path of a pruning.json: "
+        "the choice is made first, the small model is cut out, and then it is trained",
     ] = "learned"
     gate_samples: Annotated[
         int, POSITIVE, "number of times that the gates are drawn in a step, each time for an equal part of the batch"
@@ -85,7 +87,9 @@ class Settings:
     beta1: Annotated[float, Limits(0, 0.999), "AdamW's decay of the mean of gradients"] = 0.9
     beta2: Annotated[float, Limits(0, 0.999), "AdamW's decay of the mean of squared gradients"] = 0.95
     eps: Annotated[float, NOT_NEGATIVE, "AdamW's epsilon"] = 1e-8
-    weight_decay: Annotated[float, NOT_NEGATIVE, "AdamW's weight decay, of the weights only"] = 0.0
+    weight_decay: Annotated[
+        float, NOT_NEGATIVE, "AdamW's weight decay; it applies to the weights, not to the gates"
+    ] = 0.0
     grad_clip: Annotated[float, NOT_NEGATIVE, "largest norm of all gradients together; 0 means no clipping"] = 1.0
 
     ratio: Annotated[dict, Group("domains"), "initial share of each domain; {} means by its number of tokens"] = field(
@@ -93,7 +97,8 @@ class Settings:
     )
     schedule: Annotated[
         Literal[tuple(SCHEDULES)],
-        "how evaluations move the domain weights: not at all, by Sheared LLaMA's rule, or by robust optimisation",
+        "how evaluations move the domain weights. constant: not at all. sheared: by Sheared LLaMA's rule. dro: by "
+        "robust optimisation",
     ] = "constant"
     dynamic_reference: Annotated[
         bool, "the reference loss comes from the scaling law's prediction (section 3.2); for dro and sheared"
@@ -101,7 +106,8 @@ class Settings:
     dynamic_ratio: Annotated[bool, "the reference ratio follows the weights (section 3.3); for dro"] = False
     law: Annotated[
         Literal["rate", "paper"],
-        "what predicts: eq. 4 with a learning-rate term, fitted to all domains together, or eq. 4 alone",
+        "what predicts. rate: eq. 4 with a learning-rate term, fitted to all domains together. paper: the published "
+        "rule, eq. 4 for each domain alone",
     ] = "rate"
     reference_losses: Annotated[dict, "first reference loss of each domain, in nats per token"] = field(
         default_factory=dict
@@ -111,20 +117,25 @@ class Settings:
     ] = ""
     rho: Annotated[float, NOT_NEGATIVE, "radius of the robust set (eq. 5)"] = 0.1
     floor: Annotated[
-        float, Limits(0, 0.999), "least weight of a domain, as a share of its reference ratio, before normalisation"
+        float,
+        Limits(0, 0.999),
+        "a domain that would get less is lifted to this share of its reference ratio; then the weights are made to sum "
+        "to 1",
     ] = 0.2
     temperature: Annotated[
         float,
         NOT_NEGATIVE,
-        "for every so many nats of excess, a domain's weight grows by its reference share at most; 0, the paper's, "
-        "sets no limit",
+        "a domain's weight rises by at most its share in the reference ratio for every so many nats of excess (loss "
+        "minus reference loss); 0 means no limit, as in the paper",
     ] = 0.0
     delta: Annotated[float, SHARE, "how fast the reference ratio follows the weights"] = 0.1
     bound: Annotated[
         float, POSITIVE, "the reference ratio stays within 1/bound and bound times the initial one, domain by domain"
     ] = 2.0
     step_size: Annotated[float, NOT_NEGATIVE, "step size of the sheared schedule"] = 1.0
-    clip_excess: Annotated[bool, "sheared: a loss below its reference counts as equal to it, as in its paper"] = False
+    clip_excess: Annotated[
+        bool, "sheared: a loss below its reference counts as equal to it, as in Sheared LLaMA's paper"
+    ] = False
     eval_interval: Annotated[int, POSITIVE, "steps between evaluations"] = 50
     eval_sequences: Annotated[int, POSITIVE, "validation sequences of each domain"] = 16
 
@@ -132,7 +143,7 @@ class Settings:
     device: Annotated[str, Free, "cpu, cuda, cuda:1, ...; auto means cuda if there is one"] = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16"],
-        "what matrix products are computed in (with fsdp: all but the loss); weights stay float32",
+        "dtype of the matrix products (with fsdp: of everything except the loss); the weights stay float32",
     ] = "float32"
     parallel: Annotated[
         Literal["ddp", "fsdp"], Free, "with several processes each holds the whole model (ddp) or a shard of it (fsdp)"
@@ -150,8 +161,10 @@ class Settings:
     dry_run: Annotated[
         bool, Free, Group("dry run"), "print what the run would need: two steps run on shapes, and nothing is written"
     ] = False
-    world_size: Annotated[int, Free, POSITIVE, "number of GPUs of the dry run"] = 1
-    gpu: Annotated[str, Free, "GPU of the dry run: h200, h100, a100, a100-40gb, or a memory size such as 24GB"] = "h100"
+    world_size: Annotated[int, Free, POSITIVE, "number of GPUs that the dry run assumes"] = 1
+    gpu: Annotated[
+        str, Free, "GPU that the dry run assumes: h200, h100, a100, a100-40gb, or a memory size such as 24GB"
+    ] = "h100"
     utilisation: Annotated[
         float, Free, Limits(0.01, 1), "share of the GPU's peak that the dry run assumes is reached"
     ] = 0.4
@@ -228,7 +241,7 @@ class Settings:
             if largest < mine:
                 users += f" and {self.gate_samples} gate samples"
             raise ValueError(
-                f"micro_batch = {self.micro_batch} must divide {largest}: batch_size = {self.batch_size} is for {users}"
+                f"micro_batch = {self.micro_batch} must divide {largest}: {users} share batch_size = {self.batch_size}"
             )
         return mine, self.micro_batch or largest
 
@@ -236,7 +249,7 @@ class Settings:
         """Shape of a model from scratch. ValueError for one that cannot be."""
         if self.d_model % self.n_head:
             raise ValueError(
-                f"d_model = {self.d_model} must be a multiple of n_head = {self.n_head}: transformers loads no other"
+                f"d_model = {self.d_model} must be a multiple of n_head = {self.n_head}: transformers needs it"
             )
         return LlamaConfig(
             vocab_size=vocab_size,

@@ -163,7 +163,7 @@ def test_what_is_no_run_or_another_one_is_not_overwritten(chain, tiny_data, tmp_
     shutil.copytree(out["pretrain"] / "model", tmp_path / "x")
     before = {p: p.read_bytes() for p in (tmp_path / "x").iterdir()}
     assert run(monkeypatch, *args, f"--init_from={tmp_path / 'x'}") == 2
-    assert "config.json is not of a run" in capsys.readouterr().err
+    assert "config.json is not the config.json of a run" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in (tmp_path / "x").iterdir()}
 
     shutil.rmtree(tmp_path / "x")

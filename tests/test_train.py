@@ -404,7 +404,7 @@ MISTAKES = {
     "ratio": (["--ratio={'animals': 1.0}"], "ratio must name the domains animals, brackets, sums"),
     "nothing to prune": (["--target_n_layer=1"], "set init_from"),
     "no such model": (["--init_from=out/nothing"], "out/nothing: no such model or run"),
-    "micro batch": (["--micro_batch=3"], "micro_batch = 3 must divide 4: batch_size = 4 is for 1 processes"),
+    "micro batch": (["--micro_batch=3"], "micro_batch = 3 must divide 4: 1 processes share batch_size = 4"),
     "gate samples": (["--gate_samples=3"], "batch_size = 4 must be a multiple of gate_samples = 3"),
     "sheared without references": (["--schedule=sheared"], "needs references"),
     "dro without references": (["--schedule=dro"], "needs references"),
@@ -519,7 +519,9 @@ def test_help_names_every_setting_with_its_meaning(capsys):
     text = capsys.readouterr().out
     text = " ".join(text.split())
     for name, setting in fields(Settings).items():
-        assert f"--{name} {setting.default!r} {setting.doc}" in text
+        assert re.search(
+            rf"--{name} \S+ {re.escape(setting.doc)} \(default: {re.escape(repr(setting.default))}\)", text
+        )
     for group in {setting.group for setting in fields(Settings).values()} - {None}:
         assert f" {group}: --" in text
 
