@@ -181,9 +181,9 @@ class Trainer:
         small = parallel.read_model(partial, self.engine.device, **sharding)
         log.end(validation_losses(s, small, self.reader.data), small.config, z)
         if parallel.is_first():
-            shutil.rmtree(run.path / "start", ignore_errors=True)
             shutil.rmtree(run.path / "model", ignore_errors=True)  # of fewer steps
             partial.rename(run.path / "model")
+            shutil.rmtree(run.path / "start", ignore_errors=True)
 
 
 def validation_losses(s: Settings, model: Llama, data: TokenData, z: Gates | None = None) -> dict[str, float]:
