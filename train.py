@@ -91,7 +91,7 @@ class Trainer:
             run.finish_save(wait=last or stop)
             if stop and not last:
                 say(f"stopped after step {done}; the same command goes on from here")
-                parallel.stop()
+                model.close()
                 sys.exit(run.exit_status)
 
     def evaluate(self, log: Log, step: int) -> None:
@@ -394,7 +394,7 @@ def main():
         newest = newest_checkpoint(run.path)
         where = f"the same command goes on from {newest}" if newest else "there is no checkpoint yet"
         sys.exit(f"train.py: could not write to {run.path}: {error}; {where}")
-    parallel.stop()
+    trainer.engine.close()
 
 
 if __name__ == "__main__":

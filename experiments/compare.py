@@ -32,8 +32,8 @@ Parts, in this order:
 
 All figures are of the test split, which no schedule sees. Degradation is the loss above the source's. Some of the
 models are asked the two-choice questions of plumbing/continuation.py, too. What is done is skipped, so an interrupted
-call goes on (after a change of the configs or of the data, remove out/compare first); two runs, one thread each, go side
-by side. The report goes to docs/compare/ (or --docs); that of a trial (--scale) or of other data, with `constant`,
+call goes on; after a change of the configs or of the data, remove out/compare first. Two runs go side by side, on one
+thread each. The report goes to docs/compare/ (or --docs); that of a trial (--scale) or of other data, with `constant`,
 `sheared`, `dro` and `full` only, to a folder of its own beside out/compare.
 """
 

@@ -9,6 +9,7 @@ Both are PyTorch's. With one process all of this does nothing, and training is t
 The gates are small: every process holds them all, and averages their gradients itself.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -224,6 +225,13 @@ class Engine:
             alone = isinstance(self.module, DistributedDataParallel) and not now
             with self.module.no_sync() if alone else nullcontext():
                 yield part
+
+    def close(self) -> None:
+        """Leave the other processes. DDP is dropped before the group is: what it frees after it would wait for a thread
+        that waits for Python."""
+        self.module = self.model
+        gc.collect()
+        stop()
 
 
 def autocast(model: Llama, dtype: str):
