@@ -199,22 +199,18 @@ class Mixture:
         for name, loss in zip(self.domains, losses):
             if not np.isfinite(loss):
                 raise ValueError(f"validation loss of domain '{name}' is {loss}")
+        history = self.state["history"]
         if progress >= COLLECT_FROM:
-            self._collect(losses, now)
-        enough = len(self.state["history"]["losses"]) > MORE_POINTS_THAN
+            history["tokens"].append([int(t) for t in now.tokens])
+            history["losses"].append(losses.tolist())
+            history["params"].append(float(now.params))
+            history["rates"].append(float(now.rate))
+        enough = len(history["losses"]) > MORE_POINTS_THAN
         if self.dynamic_reference and progress >= PREDICT_FROM and enough:
             self.laws = self._fit_laws(end)
             self._refer(end)
         if None not in self.state["reference"]:
             self.state["weights"] = SCHEDULES[self.schedule](self, progress, losses).tolist()
-
-    def _collect(self, losses, now: Point) -> None:
-        """Add a point for the laws."""
-        history = self.state["history"]
-        history["tokens"].append(list(map(int, now.tokens)))
-        history["losses"].append(losses.tolist())
-        history["params"].append(float(now.params))
-        history["rates"].append(float(now.rate))
 
     def _fit_laws(self, end: Point) -> list[ScalingLaw | FitError]:
         """The scaling law of each domain, from all points so far, to be asked for the end of the run."""
@@ -230,10 +226,6 @@ class Mixture:
             law.predict(t, point.params, point.rate) if isinstance(law, ScalingLaw) else None
             for law, t in zip(self.laws, point.tokens)
         ]
-
-    def reasons(self) -> list[str | None]:
-        """Why a domain has no law, or None."""
-        return [str(law) if isinstance(law, FitError) else None for law in self.laws]
 
     def _refer(self, end: Point) -> None:
         """Section 3.2: the first prediction of a domain replaces the reference that was given. From then on it is the

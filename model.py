@@ -78,18 +78,6 @@ class LlamaConfig:
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         return self.n_layer * layer + embeddings + self.d_model
 
-    def flops_per_token(self, seq_len: int, backward: bool = True) -> float:
-        """Floating-point operations per token, in sequences of `seq_len` tokens.
-
-        A matrix product has 2 per weight. Attention's products are added, of which causality needs one half. The
-        backward pass takes twice as many as the forward pass. Nothing is counted for recomputation.
-        """
-        matrices = self.n_params() - (2 * self.n_layer + 1) * self.d_model  # all weights but the norms'
-        if not self.tie_embeddings:
-            matrices -= self.vocab_size * self.d_model  # the embedding is looked up, not multiplied
-        attention = 2 * self.n_layer * seq_len * self.n_head * self.head_dim  # q·k and p·v, half of them masked
-        return (3 if backward else 1) * (2 * matrices + attention)
-
 
 class Gates(NamedTuple):
     """The gates z: a value per component, None where nothing is pruned. `masks.py` makes them, the model multiplies."""

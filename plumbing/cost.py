@@ -60,6 +60,19 @@ KINDS = {  # what the trackers call it -> a row of our table
 ROWS = ["weights", "gradients", "optimizer", "gathered shards", "activations"]
 
 
+def flops_per_token(config: LlamaConfig, seq_len: int, backward: bool = True) -> float:
+    """Floating-point operations per token of a Llama, in sequences of `seq_len` tokens.
+
+    A matrix product has 2 per weight. Attention's products are added, of which causality needs one half. The backward
+    pass takes twice as many as the forward pass. Nothing is counted for recomputation.
+    """
+    matrices = config.n_params() - (2 * config.n_layer + 1) * config.d_model  # all weights but the norms'
+    if not config.tie_embeddings:
+        matrices -= config.vocab_size * config.d_model  # the embedding is looked up, not multiplied
+    attention = 2 * config.n_layer * seq_len * config.n_head * config.head_dim  # q·k and p·v, half of them masked
+    return (3 if backward else 1) * (2 * matrices + attention)
+
+
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Peak of a CUDA device's dense matrix products in a dtype, FLOP/s; None where it is not known."""
     return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
@@ -242,8 +255,8 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     trained = target if target and s.gates != "learned" else source
 
     tokens = s.steps * s.batch_size * s.seq_len
-    train_flops = trained.flops_per_token(s.seq_len)
-    forward_flops = trained.flops_per_token(s.seq_len, backward=False)
+    train_flops = flops_per_token(trained, s.seq_len)
+    forward_flops = flops_per_token(trained, s.seq_len, backward=False)
     recomputed = forward_flops if s.activation_checkpointing else 0.0
     evaluations, n_domains = -(-s.steps // s.eval_interval) + 1, len(s.domains) or len(s.ratio) or 1
     eval_tokens = evaluations * s.eval_sequences * n_domains * s.seq_len

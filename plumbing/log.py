@@ -23,6 +23,7 @@ from plumbing import cost, parallel
 from plumbing.data import BatchReader
 from plumbing.run import Run
 from plumbing.settings import Settings
+from scaling_law import FitError
 
 GATE_BINS = 32  # hidden and ffn gates are logged as means over at most this many bins
 
@@ -181,7 +182,7 @@ class Log:
         device = self.device
         steps_per_second, left = self.clock.lap(step, self.s.steps)
         speed = steps_per_second * self.tokens_per_step
-        flops = self.shape.flops_per_token(self.s.seq_len) * speed / parallel.size()
+        flops = cost.flops_per_token(self.shape, self.s.seq_len) * speed / parallel.size()
         peak = cost.peak_flops(device, self.s.dtype)
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_memory()
         self.run.time(
@@ -222,7 +223,7 @@ class Log:
             reference=self._by_domain(mixture.state["reference"]),
             reference_is=self._by_domain(mixture.state["reference_is"]),
             prediction=self._by_domain(mixture.predictions(end)),
-            no_prediction=self._by_domain(mixture.reasons()),
+            no_prediction=self._by_domain([str(x) if isinstance(x, FitError) else None for x in mixture.laws]),
             curve=self._curve(step, course, mixture),
             ratio=self._by_domain(mixture.state["ratio"]),
             weights=self._by_domain(mixture.weights),

@@ -8,7 +8,7 @@ from scipy.optimize import LinearConstraint, NonlinearConstraint, minimize
 
 import dro
 from dro import Mixture, Point, chi2, dro_weights, sheared_weights, update_ratio
-from scaling_law import ScalingLaw
+from scaling_law import FitError, ScalingLaw
 
 
 def random_case(rng):
@@ -164,7 +164,7 @@ def update(mixture, progress, losses, tokens, params, tokens_end, params_end, ra
     now, end = Point(np.array(tokens), params, rate), Point(np.array(tokens_end), params_end, rate_end)
     mixture.update(progress, losses, now, end)
     laws = [law if isinstance(law, ScalingLaw) else None for law in mixture.laws]
-    return {"laws": laws, "no_prediction": mixture.reasons()}
+    return {"laws": laws, "no_prediction": [str(x) if isinstance(x, FitError) else None for x in mixture.laws]}
 
 
 def simulate(mixture, n=50, ends=(2.0, 1.5, 1.0), first=0, last=None):

@@ -366,4 +366,4 @@ def test_flops_are_those_that_pytorch_counts(monkeypatch):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         model(tokens)
     attention = 3 * 2 * 64 * 4 * 8  # left out by the counter: its CPU kernel is not known to it
-    assert config.flops_per_token(64, backward=False) == counter.get_total_flops() / 128 + attention
+    assert cost.flops_per_token(config, 64, backward=False) == counter.get_total_flops() / 128 + attention
