@@ -135,11 +135,12 @@ class Rehearsal:
     def __init__(self, s: Settings, sequences: int, keeps_gradients: bool, sharding: dict | None = None):
         self.keeps_gradients, self.tracker = keeps_gradients, None
         self.sharding = sharding or {}  # for the model: the mesh, too, must not be made of fake tensors
+        _, micro_batch = s.split_batch(parallel.size())
         tokens = torch.zeros(sequences, s.seq_len + 1, dtype=torch.int64)
         domain = torch.zeros(sequences, dtype=torch.int64)
         self.parts = [
-            MicroBatch(tokens[start : start + s.micro_batch], domain[start : start + s.micro_batch], gate_sample=i)
-            for i, start in enumerate(range(0, sequences, s.micro_batch))
+            MicroBatch(*part, gate_sample=i)
+            for i, part in enumerate(zip(tokens.split(micro_batch), domain.split(micro_batch)))
         ]
 
     def watch(self, trainer) -> None:

@@ -299,6 +299,8 @@ torch.set_num_threads(1)
 s = load(train.Settings, sys.argv[1:])
 class Batches(cost.Rehearsal):
     # real tensors, and nothing is tracked
+    def watch(self, trainer):
+        trainer.model.init_weights(0)
     def next_batch(self, step, weights):
         if step == 3:
             raise cost.Enough
