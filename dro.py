@@ -37,9 +37,10 @@ def chi2(q, p) -> float:
 def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, temperature: float = 0.0) -> np.ndarray:
     """The worst mixture within chi2(q, ratio) <= rho: argmax Σ q_i (l_i - r_i), eq. 3 and 5.
 
-    Equal excesses l - r give the ratio itself. A rho beyond reach gives the extreme point: everything, but for the
-    floor, on the largest excess. The floor keeps every domain in the training: one that would get less is lifted to
-    `floor` times its share of the ratio, and then the weights are made to sum to 1. Only at 0 is it the exact argmax.
+    Equal excesses l - r give the ratio itself. If no mixture is as far from the ratio as rho, the result is the extreme
+    point: everything, but for the floor, on the largest excess. The floor keeps every domain in the training: one that
+    would get less is lifted to `floor` times its share of the ratio, and then the weights are made to sum to 1. Only at
+    0 is it the exact argmax.
 
     That argmax knows no scale: it goes as far for a difference of .001 nats as for one of 1. With a temperature, in
     nats, it is the argmax of Σ q_i (l_i - r_i) - temperature · chi2(q, p) within the same set: a domain's q_i / p_i
@@ -54,10 +55,10 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
     gap = np.ptp(excess)
     if gap <= 1e-6 * max(1.0, np.abs(losses).max()) or rho < RHO_MIN:  # float32's rounding must not become weights
         return p
-    # neither an offset nor a scale changes the argmax; with the worst at 0 floats tell near ties apart
+    # neither an offset nor a scale changes the argmax; near 0, where the worst are now, floats are densest
     excess, temperature = (excess - excess.max()) / gap, min(temperature / gap, 1e12)
     eta = eta_of_the_set(excess, p, rho, floor)
-    if temperature > 0:
+    if temperature > 0:  # both limits hold below the smaller of the two
         eta = min(eta, eta_of_the_temperature(excess, p, temperature))
     return weights_at(eta, excess, p, floor)
 
@@ -73,7 +74,7 @@ def weights_at(eta: float, excess, p, floor: float) -> np.ndarray:
 
 
 def eta_of_the_set(excess, p, rho: float, floor: float) -> float:
-    """The eta at which chi2(q, p) = rho. If no mixture is as far from p, the eta above which only the worst domain is.
+    """The eta at which chi2(q, p) = rho. If no mixture is as far from p: the eta that only the worst are above.
 
     chi2 rises with eta: far below all excesses q is p, just below the largest one it is the extreme point.
     """
@@ -147,7 +148,7 @@ class Point(NamedTuple):
 
     tokens: np.ndarray  # (n,) training tokens of each domain seen: T
     params: float  # parameters left in the model: P
-    rate: float = 1.0  # learning rate, as a share of its peak: eta
+    rate: float = 1.0  # learning rate, as a share of its peak
 
 
 @dataclass
@@ -209,16 +210,19 @@ class Mixture:
         if self.dynamic_reference and progress >= PREDICT_FROM and enough:
             self.laws = self._fit_laws(end)
             self._refer(end)
-        if None not in self.state["reference"]:
+        if self.schedule not in WITH_REFERENCES or None not in self.state["reference"]:
             self.state["weights"] = SCHEDULES[self.schedule](self, progress, losses).tolist()
 
     def _fit_laws(self, end: Point) -> list[ScalingLaw | FitError]:
         """The scaling law of each domain, from all points so far, to be asked for the end of the run."""
-        tokens, losses, params, rates = (np.array(column) for column in self.state["history"].values())
+        history = self.state["history"]
+        tokens, losses, params, rates = (np.array(history[key]) for key in ("tokens", "losses", "params", "rates"))
         if self.law == "rate":
             return fit_together(tokens, losses, params, rates, end.tokens)
-        columns = zip(tokens.T, losses.T, end.tokens)  # eq. 4 alone, for each domain alone
-        return [fit_together(t[:, None], loss[:, None], params, tokens_end=[T])[0] for t, loss, T in columns]
+        laws = []
+        for t, loss, at_end in zip(tokens.T, losses.T, end.tokens):  # eq. 4, for each domain alone
+            laws += fit_together(t[:, None], loss[:, None], params, tokens_end=[at_end])
+        return laws
 
     def predictions(self, point: Point) -> list[float | None]:
         """The loss of each domain at a point, by the laws of the last evaluation; None where there is no law."""
@@ -230,17 +234,17 @@ class Mixture:
     def _refer(self, end: Point) -> None:
         """Section 3.2: the first prediction of a domain replaces the reference that was given. From then on it is the
         lowest of the prediction and the losses seen, and under the paper's law also of all earlier predictions."""
-        reference, source = self.state["reference"], self.state["reference_is"]
+        reference, origin = self.state["reference"], self.state["reference_is"]
         seen = np.min(self.state["history"]["losses"], axis=0).tolist()
         for i, prediction in enumerate(self.predictions(end)):
-            if prediction is None and source[i] == "given":
+            if prediction is None and origin[i] == "given":
                 continue
-            lowest = [(seen[i], "seen")]
+            candidates = [(seen[i], "seen")]
             if prediction is not None:
-                lowest.append((prediction, "predicted"))
-            if source[i] in ("predicted", "seen") and (self.law == "paper" or prediction is None):
-                lowest.append((reference[i], source[i]))
-            reference[i], source[i] = min(lowest)
+                candidates.append((prediction, "predicted"))
+            if origin[i] in ("predicted", "seen") and (self.law == "paper" or prediction is None):
+                candidates.append((reference[i], origin[i]))
+            reference[i], origin[i] = min(candidates)
 
 
 # A schedule gives the new weights from the mixture, the share of the run that is done, and the losses. Add yours here.
@@ -267,3 +271,4 @@ def dro(mixture: Mixture, progress: float, losses) -> np.ndarray:
 
 
 SCHEDULES = {"constant": constant, "sheared": sheared, "dro": dro}
+WITH_REFERENCES = {"sheared", "dro"}  # these wait until every domain has a reference loss

@@ -48,8 +48,8 @@ def gate_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def survivors(scores: Tensor, keep: int | Tensor) -> Tensor:
     """True for the `keep` highest scores of each row (the last axis), False for the others: bool, shape of the scores.
 
-    keep: a number for all rows, or one for each row (..., 1). Equal scores are ordered by lot, always the same one: by
-    index, a model whose scores are all equal would lose its first heads in every layer.
+    keep: a number for all rows, or one for each row (..., 1). Equal scores are ordered by a random draw, always the
+    same one. Ordered by index, a model whose scores are all equal would lose the same heads in every layer.
     """
     lot = torch.from_numpy(randomness.generator(0, randomness.TIES).random(scores.shape)).to(scores.device)
     by_lot = lot.argsort(dim=-1)
@@ -175,8 +175,8 @@ class PruningMasks(nn.Module):
                 "sparsity": sparsity.detach().mean(),
                 "target_sparsity": targets[granularity],
                 "undecided": undecided.float().mean(),
-                "lambda": lam.detach(),
-                "phi": phi.detach(),
+                "lambda": lam.detach().clone(),  # as they are now: the step changes them
+                "phi": phi.detach().clone(),
             }
         return total, stats
 

@@ -1,12 +1,12 @@
 """Where will each domain's loss end? A scaling law, fitted to the losses seen so far.
 
     loss(P, T)      = A · P^-alpha · T^-beta + E              eq. 4 (paper, section 3.2): `fit`, each domain alone
-    loss(P, T, eta) = A · P^-alpha · T^-beta + B · eta + E    with the learning rate: `fit_together`, all domains
+    loss(P, T, R) = A · P^-alpha · T^-beta + B · R + E        with the learning rate: `fit_together`, all domains
 
     symbol  variable  meaning
     P       params    parameters left in the model (shrinks while pruning, constant afterwards)
     T       tokens    tokens of this domain seen
-    eta     rates     learning rate, as a share of its peak
+    R       rates     learning rate, as a share of its peak
     A       A         what is left to gain by tokens, in nats, at the last point of the fit
     B       B         what the noise of a full learning rate costs, in nats; regained as the rate falls
     E       E         the loss that no training removes, in nats
@@ -15,8 +15,8 @@ Losses fall faster at the end of a cosine schedule than any power of tokens says
 too few, too noisy points for every domain to find its own exponents and B, so `fit_together` shares them: A and E are
 the domain's own. docs/laws.md has what either misses on real runs, and what else was tried.
 
-T and P are divided by their last values before fitting: all numbers are of order one then and the fit is well
-conditioned, which it is not on raw token counts. The fit is one robust least-squares problem in all parameters at once,
+T is divided by its largest value and P by its last one before fitting: all numbers are of order one then, and the fit
+is well conditioned, which it is not on raw token counts. The fit is one robust least-squares problem in all parameters at once,
 by scipy's solver: `residuals` states it, `jacobian` is its derivative.
 
     law = fit(tokens, losses)
@@ -47,7 +47,7 @@ class FitError(ValueError):
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """A fitted law: loss = A · (P / params_scale)^-alpha · (T / tokens_scale)^-beta + B · eta + E"""
+    """A fitted law: loss = A · (P / params_scale)^-alpha · (T / tokens_scale)^-beta + B · R + E"""
 
     A: float
     alpha: float
@@ -109,7 +109,8 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
         return laws
 
     tokens, losses = tokens[:, fitted], losses[:, fitted]
-    scale, row, domain = tokens.max(0), *np.nonzero(tokens)
+    scale = tokens.max(0)
+    row, domain = np.nonzero(tokens)
     log_t, log_p = np.log((tokens / scale)[row, domain]), np.log(params / params[-1])[row]
     points = Points(log_t, log_p, rates[row], losses[row, domain], domain)
     theta = solve(points)

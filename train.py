@@ -44,7 +44,7 @@ from plumbing.models import (
     save_model,
 )
 from plumbing.parallel import Engine
-from plumbing.run import Run, newest_checkpoint
+from plumbing.run import Run, flush, newest_checkpoint
 from plumbing.settings import FREE, Settings
 
 
@@ -60,21 +60,21 @@ class Trainer:
 
     def train(self, run: Run, log: Log, first: int = 0) -> None:
         """All steps from `first` on. SystemExit when the run is told to stop before the last."""
-        s, masks, model, optimizer, meter = self.s, self.masks, self.engine, self.optimizer, self.meter
-        share = parallel.size() / (s.batch_size * s.seq_len)  # the processes' gradients are averaged
+        s, masks, engine, optimizer, meter = self.s, self.masks, self.engine, self.optimizer, self.meter
+        per_token = parallel.size() / (s.batch_size * s.seq_len)  # of this process: gradients are averaged, not summed
         for step in range(first, s.steps):
             set_learning_rates(optimizer, s, step)
-            for part in model.micro_batches(self.reader.next_batch(step, self.mixture.weights)):
+            for part in engine.micro_batches(self.reader.next_batch(step, self.mixture.weights)):
                 z = masks.sample(s.seed, step, part.gate_sample) if masks else None
-                nll = model(part.tokens[:, :-1], z, targets=part.tokens[:, 1:])  # (b, T) cross entropies, nats
-                (nll.sum() * share).backward()
+                nll = engine(part.tokens[:, :-1], z, targets=part.tokens[:, 1:])  # (b, T) cross entropies, nats
+                (nll.sum() * per_token).backward()
                 meter.add(part.domain, nll)
             if masks:
                 parallel.average_gradients(masks.parameters())
                 meter.constraint, meter.stats = masks.lagrangian(step)  # eq. 1; every process has all of it
                 meter.constraint.backward()
             norm = parallel.clip_gradients(self.tree.values(), s.grad_clip or math.inf)
-            optimizer.found_inf = meter.gradient(step, norm)  # no update once a gradient is not finite
+            optimizer.found_inf = meter.found_inf(step, norm)  # AdamW skips its update once a gradient is not finite
             optimizer.step()
             optimizer.zero_grad()
             if masks:
@@ -88,10 +88,10 @@ class Trainer:
             stop = run.interrupted() or done == s.stop_at
             if done % s.save_interval == 0 or last or stop:
                 self.save(run, log, done)
-            run.finish_save(wait=last or stop)
+            run.finish_save(wait=last or stop)  # of a checkpoint that is being written in the background
             if stop and not last:
                 say(f"stopped after step {done}; the same command goes on from here")
-                model.close()
+                engine.close()
                 sys.exit(run.exit_status)
 
     def evaluate(self, log: Log, step: int) -> None:
@@ -104,9 +104,10 @@ class Trainer:
                 z = masks.deterministic(at_target=False)
             losses = validation_losses(s, self.model, self.reader.data, z)
             course = self.course(step)
+            now, *_, end = course
             if step > 0:  # before the first step nothing lags yet
                 try:
-                    mixture.update(step / s.steps, list(losses.values()), now=course[0], end=course[-1])
+                    mixture.update(step / s.steps, list(losses.values()), now, end)
                 except ValueError as error:
                     give_up(f"step {step}: {error}")
                 mixture.state = parallel.from_first(mixture.state)
@@ -114,7 +115,7 @@ class Trainer:
 
     def course(self, step: int) -> list[Point]:
         """Nine points from here to the end of the run on the scaling law's axes. We assume that each domain gets tokens
-        at its average rate so far, as the weights jump. Parameters and learning rate follow their schedules."""
+        at its average rate so far, because the weights jump. Parameters and learning rate follow their schedules."""
         s, left = self.s, self.s.steps - step
         seen = self.reader.tokens_seen()
         seen_at_end = seen * (s.steps / max(1, step))
@@ -151,7 +152,7 @@ class Trainer:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         run.load(self.tree, self.optimizer)
         for group, own in zip(self.optimizer.param_groups, groups):
-            group.update(own)  # rates and weight decay are this run's: a run may go on from one with others
+            group.update(own)  # the parameters are loaded, but rates and weight decay are those of this run's settings
         self.mixture.state = state["mixture"]
         if None in self.mixture.state["reference"]:  # this run may go on with references that the other did not have
             self.mixture.state |= {key: given[key] for key in ("reference", "reference_is")}
@@ -181,7 +182,8 @@ class Trainer:
         small = parallel.read_model(partial, self.engine.device, **sharding)
         log.end(validation_losses(s, small, self.reader.data), small.config, z)
         if parallel.is_first():
-            shutil.rmtree(run.path / "model", ignore_errors=True)  # of fewer steps
+            shutil.rmtree(run.path / "model", ignore_errors=True)  # an older one, of fewer steps
+            flush(partial)
             partial.rename(run.path / "model")
             shutil.rmtree(run.path / "start", ignore_errors=True)
 
@@ -288,16 +290,17 @@ def cut(s: Settings, masks: PruningMasks, path: Path) -> None:
     (path / PRUNING).write_text(json.dumps(choices.describe(masks)))
 
 
-def rehearse(s: Settings, source: LlamaConfig, stage) -> None:
-    """Train on shapes without content, for cost.py: `stage` stands in for the batches and for the run's directory."""
+def rehearse(s: Settings, source: LlamaConfig, rehearsal: cost.Rehearsal) -> None:
+    """Train on shapes without content, for the dry run. The rehearsal stands in for the batches and for the run. Its
+    settings are such that nothing is logged, evaluated or saved."""
     shape, masks = source, None
     if target := s.target_shape(source):
         shape, masks = (source, make_masks(s, source, target)) if s.gates == "learned" else (target, None)
-    cpu, again = torch.device("cpu"), s.activation_checkpointing
-    model = parallel.make_model(shape, None, cpu, **stage.sharding, checkpoint_layers=again)
-    trainer = Trainer(s, model, masks, stage, Mixture(["all"], [1.0], "constant"))
-    stage.watch(trainer)
-    trainer.train(run=stage, log=None)
+    cpu, recompute = torch.device("cpu"), s.activation_checkpointing
+    model = parallel.make_model(shape, None, cpu, **rehearsal.sharding, checkpoint_layers=recompute)
+    trainer = Trainer(s, model, masks, rehearsal, Mixture(["all"], [1.0], "constant"))
+    rehearsal.watch(trainer)
+    trainer.train(run=rehearsal, log=None)
 
 
 def set_up(s: Settings) -> tuple[Trainer, Run, Log, dict] | None:
@@ -317,12 +320,12 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, dict] | None:
     if run.finished:
         say(f"{run.path / 'model'} is finished already")
         return None
-    share = {"rank": parallel.rank(), "processes": parallel.size(), "micro_batch": micro_batch}
-    reader = BatchReader(data, s.seq_len, s.batch_size, s.seed, **share, gate_samples=s.gate_samples, device=device)
+    mine = {"rank": parallel.rank(), "processes": parallel.size(), "micro_batch": micro_batch}
+    reader = BatchReader(data, s.seq_len, s.batch_size, s.seed, **mine, gate_samples=s.gate_samples, device=device)
     if s.init_from:
-        shape, weights = model_shape(s, s.init_from, data), directory_of(s.init_from)
+        shape, start = model_shape(s, s.init_from, data), directory_of(s.init_from)
     else:
-        shape, weights = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
+        shape, start = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
     if s.reference_model:
         model_shape(s, s.reference_model, data)
 
@@ -331,18 +334,18 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, dict] | None:
     if target := s.target_shape(shape):
         masks = make_masks(s, shape, target)
     if masks and s.gates != "learned":
-        shape, weights = target, run.path / "start"
-        if parallel.is_first() and (run.state is None or not weights.exists()):
+        shape, start = target, run.path / "start"
+        if parallel.is_first() and (run.state is None or not start.exists()):
             choose_(s, masks)
-            cut(s, masks, weights)
+            cut(s, masks, start)
         masks = None
-    parallel.barrier()
+    parallel.barrier()  # the first process has written what all read now
     if run.state and (run.state["source"], bool(run.state["target"])) != (asdict(shape), bool(masks)):
         raise ValueError(f"{run.checkpoint}: its model has another shape than these settings give it")
     sharding = parallel.sharding(s.parallel, s.dtype, device)
     model = parallel.make_model(
         shape,
-        None if run.state else weights,
+        None if run.state else start,
         device,
         **sharding,
         checkpoint_layers=s.activation_checkpointing,

@@ -194,6 +194,7 @@ class BatchReader:
             if self.device.type == "cuda":  # or the copies would wait for the device
                 tokens, domain = tokens.pin_memory(), domain.pin_memory()
             tokens, domain = (x.to(self.device, non_blocking=True) for x in (tokens, domain))
+            # the batch is cut into gate_samples equal parts; `start` is a number in the whole batch, of all processes
             parts.append(MicroBatch(tokens, domain, gate_sample=start * self.gate_samples // self.batch_size))
         return parts
 

@@ -42,7 +42,7 @@ class Meter:
         tokens = torch.full_like(domain, nll.shape[1], dtype=torch.float64)
         self.sums.index_add_(1, domain, torch.stack((nll.detach().sum(1, dtype=torch.float64), tokens)))
 
-    def gradient(self, step: int, norm: Tensor) -> Tensor:
+    def found_inf(self, step: int, norm: Tensor) -> Tensor:
         """Keep the norm of a step's gradients. Returns what AdamW reads as `found_inf`: 1 from the first step on whose
         norm is not finite, so that neither that step nor a later one changes anything."""
         self.norm = norm

@@ -20,7 +20,7 @@ from masks import PruningMasks, extract
 from model import Llama, LlamaConfig
 from plumbing.checkpoint import read_tensors
 from plumbing.data import BatchReader, TokenData
-from plumbing.run import newest_checkpoint
+from plumbing.run import newest_checkpoint, read_state
 from plumbing.tokenizer import fingerprint, load_tokenizer
 
 TOKENIZER_FILES = (  # what `transformers` may write beside the weights
@@ -59,7 +59,7 @@ def load_model(path: str | Path) -> Llama:
     if checkpoint is None:
         what = "has no model and no checkpoint yet" if path.is_dir() else "no such model, run or checkpoint"
         raise ValueError(f"{path}: {what}")
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = read_state(checkpoint)
     source, target = LlamaConfig(**state["source"]), state["target"]
     tree = nn.ModuleDict({"model": Llama(source)})
     if target is not None:

@@ -23,6 +23,10 @@ from torch import nn
 
 from plumbing import checkpoint, parallel
 
+STATE = {  # keys of state.json
+    *("step", "metrics_bytes", "settings", "digests", "source", "target", "mixture", "reader", "unlogged", "seconds"),
+}
+
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, the one with the most steps last."""
@@ -33,6 +37,29 @@ def checkpoints(run: Path) -> list[Path]:
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the most steps of a run, or None."""
     return next(reversed(checkpoints(run)), None)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What the state.json of a checkpoint holds. ValueError where it is not whole, or of an older version."""
+    file = checkpoint / "state.json"
+    try:
+        state = json.loads(file.read_text())
+        missing = STATE - state.keys()
+    except (ValueError, AttributeError):
+        raise ValueError(f"{file}: damaged, it is not a JSON object") from None
+    if missing:
+        raise ValueError(f"{file}: written by another version of train.py: {', '.join(sorted(missing))} missing")
+    return state
+
+
+def flush(directory: Path) -> None:
+    """Have the disk hold all files of a directory, so that a power failure after its renaming loses nothing."""
+    for path in (*directory.iterdir(), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class Run:
@@ -62,7 +89,7 @@ class Run:
         self.origin, self.state, self.changed = self.path, None, {}
         if self.checkpoint:
             self.origin = self.checkpoint.parent.parent
-            self.state = json.loads((self.checkpoint / "state.json").read_text())
+            self.state = read_state(self.checkpoint)
             self._check_log()
             self._check_content()
             self.changed = self._changes(self.state["settings"], moved=set(self.digests))
@@ -196,6 +223,7 @@ class Run:
             checkpoint.wait(saving)
         self.pending = None
         if parallel.is_first():  # it ends its part of a save only after all others
+            flush(partial)
             partial.rename(final)
             for old in checkpoints(final.parent.parent)[:-keep]:
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from dro import MORE_POINTS_THAN, SCHEDULES
+from dro import MORE_POINTS_THAN, SCHEDULES, WITH_REFERENCES
 from model import LlamaConfig
 from plumbing.command_line import Free, Group, Limits, fields, out_of_limits
 
@@ -187,7 +187,7 @@ class Settings:
 
     def _wrong_schedule(self) -> list[str]:
         given = self.reference_losses or self.reference_model
-        if self.schedule == "constant" or given:
+        if self.schedule not in WITH_REFERENCES or given:
             return []
         if not self.dynamic_reference:
             return [f"schedule = '{self.schedule}' needs references: set reference_model or reference_losses"]
@@ -281,9 +281,11 @@ class Settings:
             d_ffn=self.target_d_ffn or source.d_ffn,
         )
         if target.d_model % target.n_head:
+            group = source.n_head // source.n_kv_head
+            possible = [n for n in range(group, source.n_head + 1, group) if target.d_model % n == 0]
             raise ValueError(
-                f"target_d_model = {target.d_model} must be a multiple of the {target.n_head} heads kept: "
-                "transformers loads no other Llama"
+                f"target_d_model = {target.d_model} must be a multiple of the {target.n_head} heads kept: transformers "
+                f"loads no other Llama; with this width target_n_head may be {', '.join(map(str, possible))}"
             )
         if target == source:
             raise ValueError(f"the target shape is that of {self.init_from}: there is nothing to prune")

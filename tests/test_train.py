@@ -201,6 +201,9 @@ def test_three_steps_of_pruning_by_hand(chain, tiny_data, tmp_path, monkeypatch)
         assert lines[step]["constraint"] == pytest.approx(constraint.item(), rel=1e-4, abs=1e-6)
         for optimizer in (down, up):
             optimizer.zero_grad()
+        for granularity, (lam, phi) in masks.multipliers.items():  # those that made the constraint
+            assert lines[step]["lambda"][granularity] == pytest.approx(lam.item(), rel=1e-4)
+            assert lines[step]["phi"][granularity] == pytest.approx(phi.item(), rel=1e-6)
         (loss + constraint).backward()
         norm = torch.cat([p.grad.flatten() for p in [*weights, *masks.parameters()]]).norm()
         assert lines[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.5
@@ -209,9 +212,6 @@ def test_three_steps_of_pruning_by_hand(chain, tiny_data, tmp_path, monkeypatch)
         down.step(), up.step()
         for log_alpha in gates:
             log_alpha.data.clamp_(-math.log(100), math.log(100))
-        for granularity, (lam, phi) in masks.multipliers.items():
-            assert lines[step]["lambda"][granularity] == pytest.approx(lam.item(), rel=1e-4)
-            assert lines[step]["phi"][granularity] == pytest.approx(phi.item(), rel=1e-6)
         with torch.no_grad():  # validation: deterministic gates, as many zeros as are expected now
             losses = domain_losses(model, data, "val", 64, 4, 2, masks.deterministic(at_target=False))
         assert evals[step + 1]["loss"] == pytest.approx(losses, rel=1e-4)
