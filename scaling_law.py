@@ -16,8 +16,8 @@ too few, too noisy points for every domain to find its own exponents and B, so `
 the domain's own. docs/laws.md has what either misses on real runs, and what else was tried.
 
 T is divided by its largest value and P by its last one before fitting: all numbers are of order one then, and the fit
-is well conditioned, which it is not on raw token counts. The fit is one robust least-squares problem in all parameters at once,
-by scipy's solver: `residuals` states it, `jacobian` is its derivative.
+is well conditioned, which it is not on raw token counts. The fit is one robust least-squares problem in all parameters
+at once, by scipy's solver: `residuals` states it, `jacobian` is its derivative.
 
     law = fit(tokens, losses)
     law.predict(tokens_at_the_end)
