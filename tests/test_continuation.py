@@ -206,7 +206,7 @@ def test_a_choice_without_tokens_is_refused(bpe):
     class Strips:
         """A tokenizer that drops white space."""
 
-        eot = 256
+        bos, eot = None, 256
 
         def encode(self, text):
             return np.frombuffer(text.strip().encode(), np.uint8).astype(int)
