@@ -251,6 +251,8 @@ def check(args: argparse.Namespace, data: TokenData, models: dict[str, Llama]) -
         raise ValueError("--sequences 0 means all sequences, but questions need a number, as in --sequences 200")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: no such directory")
+    if args.json and Path(args.json).is_dir():
+        raise ValueError(f"--json {args.json}: this is a directory, the path of a file is needed")
     longest = min(model.config.max_seq_len for model in models.values())
     if not 0 < args.seq_len <= longest:
         raise ValueError(f"--seq_len {args.seq_len}: the models take 1 to {longest} tokens")

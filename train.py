@@ -154,9 +154,10 @@ class Trainer:
         for group, own in zip(self.optimizer.param_groups, groups):
             group.update(own)  # the parameters are loaded, but rates and weight decay are those of this run's settings
         self.mixture.state = state["mixture"]
-        if None in self.mixture.state["reference"]:  # this run may go on with references that the other did not have
+        if "ratio" in run.changed:
+            self.mixture.state |= {key: given[key] for key in ("weights", "ratio")}
+        if None not in given["reference"] and new_references(run):
             self.mixture.state |= {key: given[key] for key in ("reference", "reference_is")}
-        self.reader.load_state_dict(state["reader"])
         if parallel.is_first():
             self.meter.sums += torch.tensor(state["unlogged"], dtype=torch.float64, device=self.engine.device)
         log.go_on(state["step"], state["seconds"])
@@ -262,6 +263,11 @@ def model_shape(s: Settings, name: str, data: TokenData) -> LlamaConfig:
     return config
 
 
+def new_references(run: Run) -> bool:
+    """Whether a run that goes on takes the references of its settings, and not those that its checkpoint has."""
+    return None in run.state["mixture"]["reference"] or bool({"reference_losses", "reference_model"} & set(run.changed))
+
+
 def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> PruningMasks:
     """The gates of a pruning run."""
     masks = PruningMasks(source, target, s.sparsity_warmup, s.log_alpha, s.phi)
@@ -322,6 +328,8 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, dict] | None:
         return None
     mine = {"rank": parallel.rank(), "processes": parallel.size(), "micro_batch": micro_batch}
     reader = BatchReader(data, s.seq_len, s.batch_size, s.seed, **mine, gate_samples=s.gate_samples, device=device)
+    if run.state:
+        reader.load_state_dict(run.state["reader"])
     if s.init_from:
         shape, start = model_shape(s, s.init_from, data), directory_of(s.init_from)
     else:
@@ -335,7 +343,9 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, dict] | None:
         masks = make_masks(s, shape, target)
     if masks and s.gates != "learned":
         shape, start = target, run.path / "start"
-        if parallel.is_first() and (run.state is None or not start.exists()):
+        if {"gates", "seed"} & set(run.changed):
+            raise ValueError(f"gates and seed must be those of {run.origin}, whose choice was made by them")
+        if parallel.is_first() and (run.state is None or not (start / PRUNING).is_file()):
             choose_(s, masks)
             cut(s, masks, start)
         masks = None
@@ -352,7 +362,7 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, dict] | None:
         compiled=s.compile,
     )
     references = s.reference_losses or None
-    if s.reference_model and (run.state is None or None in run.state["mixture"]["reference"]):
+    if s.reference_model and (run.state is None or new_references(run)):
         say(f"measuring the reference losses on {s.reference_model}")
         reference_model = parallel.read_model(directory_of(s.reference_model), device, **sharding)
         references = validation_losses(s, reference_model, data)

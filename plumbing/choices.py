@@ -56,15 +56,21 @@ def magnitude_scores(model: Llama) -> Scores:
 def scores_of(masks: PruningMasks, description: dict) -> Scores:
     """Scores that choose again what a pruning.json (see `describe`) says was kept: 1 for the kept, 0 for the others.
 
-    ValueError if its source or target has another shape than that of `masks`.
+    ValueError if its source or target has another shape than that of `masks`, or its indices are not of this shape.
     """
     shapes = {"source": masks.source.shape, "target": masks.target.shape}
     if any(description.get(name) != shape for name, shape in shapes.items()):
         raise ValueError("these gates are not of this source and target")
     scores = {}
     for granularity, distribution in masks.distributions().items():
+        shape, keep = distribution.log_alpha.shape, distribution.keep
         kept = torch.tensor(description[granularity]["kept"])
-        scores[granularity] = torch.zeros(distribution.log_alpha.shape).scatter_(-1, kept, 1.0)
+        whole = kept.dtype == torch.int64 and kept.shape == (*shape[:-1], keep)
+        if not whole or kept.min() < 0 or kept.max() >= shape[-1]:
+            raise ValueError(f"{granularity} does not name {keep} of {shape[-1]} in each row")
+        scores[granularity] = torch.zeros(shape).scatter_(-1, kept, 1.0)
+        if (scores[granularity].sum(-1) != keep).any():
+            raise ValueError(f"{granularity} names an index twice")
     return Scores(**scores)
 
 

@@ -197,15 +197,20 @@ def load(cls: type, args: list[str]) -> Any:
 
 
 def with_values(args: list[str], known: dict[str, Field]) -> list[str]:
-    """The arguments with `-` in the names of settings as `_`, and `--key` alone as `--key=True` for a switch."""
-    result = []
-    for arg, following in zip(args, [*args[1:], ""]):
-        if arg.startswith("--"):
-            name, equals, value = arg.partition("=")
-            arg = "--" + name[2:].replace("-", "_") + equals + value
-            field = known.get(arg[2:])
-            if field and field.kind is bool and following not in ("True", "False"):
-                arg += "=True"
+    """The arguments with `-` in the names of settings as `_`, `--key value` as `--key=value`, and `--key` alone as
+    `--key=True` for a switch."""
+    result, rest = [], list(args)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, value = arg.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            field = known.get(name[2:])
+            if field and not equals and field.kind is bool:
+                value = rest.pop(0) if rest and rest[0] in ("True", "False") else "True"
+            elif field and not equals and rest and not rest[0].startswith("--"):
+                value = rest.pop(0)  # argparse takes some negative numbers for options
+            arg = f"{name}={value}" if equals or value else name
         result.append(arg)
     return result
 
@@ -259,10 +264,10 @@ def read_config(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -
         match statement:
             case ast.Assign(targets=[ast.Name(id="base")], value=ast.Constant(value=str(name))):
                 base = path.parent / name
-                if base in (path, *above):
+                if base.resolve() in [other.resolve() for other in (path, *above)]:
                     problems.append(f"{where}: base = {name!r} leads back to this file")
                 else:
-                    found += read_config(base, problems, (path, *above))
+                    found[:0] = read_config(base, problems, (path, *above))
             case ast.Assign(targets=[ast.Name(id=key)], value=node):
                 found.append((where, key, node))
             case ast.Expr(value=ast.Constant()):

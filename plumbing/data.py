@@ -53,6 +53,8 @@ class TokenData:
             self.bos = self._find_bos()
             dtype = DTYPES[self.meta["dtype"]]
             counts = {d: {s: self.meta["domains"][d][s]["tokens"] for s in SPLITS} for d in self.meta["domains"]}
+            if any(type(self.meta[key]) is not int for key in ("vocab_size", "eot", "window")):
+                raise ValueError("vocab_size, eot and window must be whole numbers")
         except FileNotFoundError:
             raise ValueError(
                 f"{self.path}: no data set there (no meta.json); first run "
@@ -178,6 +180,7 @@ class BatchReader:
         self.totals = [data.sequences(domain, "train", seq_len) for domain in data.domains]
         self.counts = [0] * len(data.domains)  # sequences drawn so far, by the runs before this one, too
         self.first = list(self.counts)  # what they were when this run began
+        self.others = {}  # sequences that the runs before this one have read of domains that it does not use
         self._orders = {}  # domain index -> (epoch, permutation)
         for domain, total in zip(data.domains, self.totals, strict=True):
             if total == 0:
@@ -225,7 +228,8 @@ class BatchReader:
         """Number of the next sequence of domain d."""
         epoch, i = divmod(self.counts[d], self.totals[d])
         if self._orders.get(d, (None,))[0] != epoch:
-            rng = randomness.generator(self.order_seed, randomness.ORDERS, int(d), epoch)
+            number = sorted(self.data.meta["domains"]).index(self.data.domains[d])  # the same whichever are used
+            rng = randomness.generator(self.order_seed, randomness.ORDERS, number, epoch)
             self._orders[d] = epoch, rng.permutation(np.arange(self.totals[d], dtype=np.uint32))
         self.counts[d] += 1
         return int(self._orders[d][1][i])
@@ -246,16 +250,19 @@ class BatchReader:
             "order_seed": self.order_seed,
             "sequences": dict(zip(self.data.domains, self.counts, strict=True)),
             "first": dict(zip(self.data.domains, self.first, strict=True)),
+            "others": self.others,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where state_dict() was taken. Raises ValueError when the domains are others."""
-        if set(state["sequences"]) != set(self.data.domains):
+        """Go on where state_dict() was taken. ValueError where the domains, or their order, or seq_len are others."""
+        if list(state["sequences"]) != self.data.domains:
             raise ValueError(
-                f"{self.data.path}: the checkpoint was made with the domains {', '.join(sorted(state['sequences']))}, "
-                f"the data has {', '.join(self.data.domains)}"
+                f"{self.data.path}: the checkpoint was made with the domains {', '.join(state['sequences'])}, in this "
+                f"order, not with {', '.join(self.data.domains)}"
             )
-        self.order_seed = state["order_seed"]
+        if state["seq_len"] != self.seq_len:
+            raise ValueError(f"seq_len = {self.seq_len}: the checkpoint was made with {state['seq_len']}")
+        self.order_seed, self.others = state["order_seed"], state["others"]
         self.counts = [int(state["sequences"][domain]) for domain in self.data.domains]
         self.first = [int(state["first"][domain]) for domain in self.data.domains]
 
@@ -266,7 +273,8 @@ class BatchReader:
             return "it was trained on other data"
         if state["seq_len"] != self.seq_len:
             return f"it was trained on sequences of {state['seq_len']} tokens, not {self.seq_len}"
+        read = {**state["others"], **state["sequences"]}
         self.order_seed = state["order_seed"]
-        self.counts = [int(state["sequences"].get(domain, 0)) for domain in self.data.domains]
-        self.first = list(self.counts)
+        self.counts = [int(read.pop(domain, 0)) for domain in self.data.domains]
+        self.first, self.others = list(self.counts), read
         return None

@@ -78,8 +78,8 @@ def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> N
             f"({data.tokenizer}): prepare the text with the model's own tokenizer"
         )
     directory, own, its = model_directory(path), None, None
-    if directory is not None and (directory / TRAINED_WITH).is_file():
-        trained_with = json.loads((directory / TRAINED_WITH).read_text())
+    trained_with = read_trained_with(directory) if directory is not None else None
+    if trained_with is not None:
         own, its = trained_with["tokenizer"], trained_with["fingerprint"]
     elif directory is not None and any((directory / x).is_file() for x in ("tokenizer.json", "tokenizer.model")):
         own, its = directory, fingerprint(load_tokenizer(str(directory)))
@@ -90,10 +90,32 @@ def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> N
         )
 
 
+def read_trained_with(directory: Path) -> dict | None:
+    """What stands in trained_with.json, or None if there is none. ValueError where that is not what train.py writes."""
+    file = directory / TRAINED_WITH
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+        reader = found.setdefault("reader", None)
+        if not all(isinstance(found[key], str) for key in ("tokenizer", "fingerprint")):
+            raise ValueError("tokenizer and fingerprint must be text")
+        if reader is not None and not all(
+            isinstance(reader[key], kind) for key, kind in (("data", str), ("seq_len", int), ("order_seed", int))
+        ):
+            raise ValueError("reader has values of the wrong kind")
+        for counts in () if reader is None else (reader["sequences"], reader["others"]):
+            if not all(type(count) is int and count >= 0 for count in counts.values()):
+                raise ValueError("reader must count the sequences of each domain")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not what train.py writes ({error!r})") from None
+    return found
+
+
 def data_position(model: str) -> dict | None:
     """How far the data were read when the model was trained: a BatchReader's state_dict, or None if it is not known."""
-    file = directory_of(model) / TRAINED_WITH
-    return json.loads(file.read_text()).get("reader") if file.is_file() else None
+    found = read_trained_with(directory_of(model))
+    return found["reader"] if found else None
 
 
 def digest(model: str) -> str:

@@ -5,7 +5,7 @@ same numbers on one process or on eight, and after it was stopped and resumed.
 
     tag        key                        what is drawn                                       drawn in
     DRAWS      step                       the domain of each sequence of the step's batch     plumbing/data.py
-    ORDERS     domain's index, epoch      the order in which a domain's sequences are read    plumbing/data.py
+    ORDERS     domain's number, epoch     the order in which a domain's sequences are read    plumbing/data.py
     NOISE      step, gate sample          the noise u of all gates                            masks.py
     CHOICE     (none)                     random scores, where gates are not learned          plumbing/choices.py
     TIES       (none; seed 0)             which of equal scores survives                      masks.py

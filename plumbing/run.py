@@ -92,6 +92,8 @@ class Run:
             self.state = read_state(self.checkpoint)
             self._check_log()
             self._check_content()
+            if self.origin != self.path and self.state["step"] >= settings["steps"]:
+                raise ValueError(f"steps = {settings['steps']}: {self.checkpoint} has {self.state['step']} already")
             self.changed = self._changes(self.state["settings"], moved=set(self.digests))
         self._check_settings()
         grown = self.state is not None and self.state["step"] < settings.get("steps", 0)
@@ -134,7 +136,7 @@ class Run:
         config, changed = self.path / "config.json", dict(self.changed)
         if config.exists() and (self.checkpoint is None or self.origin != self.path):
             old = json.loads(config.read_text())
-            if "steps" not in old:  # the config.json of a model, which would be overwritten
+            if not isinstance(old, dict) or "steps" not in old:  # it would be overwritten: of a model, say
                 raise ValueError(f"{config} is not the config.json of a run, choose another --out")
             changed = self._changes(old)
         elif self.origin != self.path:

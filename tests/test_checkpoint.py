@@ -78,6 +78,51 @@ def test_a_run_goes_on_with_other_settings_elsewhere(chain, tmp_path, monkeypatc
     assert "is not what" in capsys.readouterr().err and not (tmp_path / "y").exists()
 
 
+def test_what_changes_elsewhere_is_what_counts_there(chain, tmp_path, monkeypatch, capsys):
+    """Another ratio and other references take effect; what cannot is refused before anything is written."""
+    out, args = chain
+    mine = [a for a in args["prune"] if not a.startswith(("--out=", "--reference_model="))]
+    resume = f"--resume={out['prune'] / 'checkpoints' / 'step_000050'}"
+    losses = {"animals": 0.5, "brackets": 0.6, "sums": 0.7}
+    other = [
+        "--ratio={'animals': 8, 'brackets': 1, 'sums': 1}",
+        f"--reference_losses={losses}",
+        "--dynamic_reference=False",
+    ]
+    assert run(monkeypatch, *mine, f"--out={tmp_path / 'x'}", resume, *other) == 0
+    first = metrics(tmp_path / "x", "eval")[-5]
+    assert first["step"] == 52 and first["reference"] == losses and first["ratio"]["animals"] > 0.7
+    keep = f"--reference_model={out['pretrain']}"
+    for wrong, words in (
+        (["--domains=['sums', 'brackets', 'animals']"], "in this order"),
+        (["--steps=50", "--sparsity_warmup=20"], "has 50 already"),
+        (["--seq_len=32"], "the checkpoint was made with 64"),
+    ):
+        assert run(monkeypatch, *mine, keep, f"--out={tmp_path / 'y'}", resume, *wrong) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
+def test_a_state_that_is_not_ours_is_one_line(chain, tmp_path, monkeypatch, capsys):
+    out, args = chain
+    again = shutil.copytree(out["continue"], tmp_path / "x")
+    mine = [f"--out={again}" if a.startswith("--out=") else a for a in args["continue"]]
+    state = newest_checkpoint(again) / "state.json"
+    for text, words in (("{", "not a JSON object"), ("[]", "not a JSON object"), ("{}", "another version of train.py")):
+        state.write_text(text)
+        assert run(monkeypatch, *mine) == 2
+        err = capsys.readouterr().err
+        assert "state.json: " in err and words in err and err.count("\n") == 1
+    source = shutil.copytree(out["prune"], tmp_path / "source")
+    mine = [f"--init_from={source}" if a.startswith("--init_from=") else a for a in args["continue"]]
+    for text in ("{", "[]", "{}", '{"tokenizer": "byte", "fingerprint": "x", "reader": {"data": 1}}'):
+        (source / "model" / "trained_with.json").write_text(text)
+        assert run(monkeypatch, *mine, f"--out={tmp_path / 'y'}") == 2
+        err = capsys.readouterr().err
+        assert "trained_with.json: not what train.py writes" in err and err.count("\n") == 1
+        assert not (tmp_path / "y").exists()
+
+
 def test_data_and_source_may_move(chain, tiny_data, tmp_path, monkeypatch, capsys):
     """They are known by what they hold: another path is the same data set, another content at the same path is not."""
     out, args = chain

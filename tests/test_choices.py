@@ -8,6 +8,7 @@ from test_masks import FIELDS, SOURCE, TARGET, random_masks
 from test_model import random_llama
 
 from masks import PruningMasks, kept_indices
+from model import LlamaConfig
 from plumbing import choices
 
 
@@ -49,3 +50,14 @@ def test_what_was_kept_is_described():
         assert torch.equal(gates.nonzero()[:, -1], indices.flatten())
         torch.testing.assert_close(torch.tensor(text[granularity]["gates"]).flatten(), gates[gates != 0])
     assert text["source"]["n_layer"] == 4 and text["target"]["n_layer"] == 2
+
+
+def test_indices_that_are_no_choice_are_refused():
+    source, target = LlamaConfig(64, 3, 16, 2, 2, 8, 24, 16), LlamaConfig(64, 2, 8, 1, 1, 8, 16, 16)
+    masks = PruningMasks(source, target, 10)
+    choices.choose_(masks, choices.random_scores(masks, 0))
+    good = choices.describe(masks)
+    choices.scores_of(masks, good)
+    for wrong in ([0, 1], [0] * 8, [99, *range(7)], [0.5, *range(7)], [[0] * 8], 3):
+        with pytest.raises(ValueError, match="hidden"):
+            choices.scores_of(masks, good | {"hidden": {"kept": wrong}})

@@ -259,6 +259,21 @@ def test_a_run_that_must_start_over_says_so(chain, tiny_data, tmp_path, monkeypa
     assert "from its beginning, not from where" in (text := capsys.readouterr().out) and "on other data" in text
 
 
+def test_no_stage_reads_twice_also_with_some_of_the_domains_in_another_order(tiny_data):
+    """The order of a domain's sequences is its own, and what a run does not use is remembered for the next one."""
+    data = TokenData(tiny_data)
+    first = BatchReader(data, 64, 32, seed=3)
+    read = {(data.domains[d], n) for step in range(4) for d, n in zip(*first.draw(step, [0.3, 0.3, 0.4]))}
+    some = TokenData(tiny_data, ["sums", "animals"])
+    second = BatchReader(some, 64, 32, seed=4)
+    assert second.go_on_after(json.loads(json.dumps(first.state_dict()))) is None
+    read |= {(some.domains[d], n) for step in range(4) for d, n in zip(*second.draw(step, [0.5, 0.5]))}
+    third = BatchReader(data, 64, 32, seed=5)
+    assert third.go_on_after(json.loads(json.dumps(second.state_dict()))) is None
+    read |= {(data.domains[d], n) for step in range(4) for d, n in zip(*third.draw(step, [0.3, 0.3, 0.4]))}
+    assert len(read) == 3 * 4 * 32 and third.tokens_seen().sum() == 4 * 32 * 64
+
+
 def test_a_domain_that_is_used_up_is_told_once_an_epoch(tiny_data, tmp_path, monkeypatch, capsys):
     data = TokenData(tiny_data)
     ratio = {"animals": 0.98, "brackets": 0.01, "sums": 0.01}
@@ -511,6 +526,14 @@ def test_a_config_may_start_from_another(tmp_path):
     for name, words in (("second.py", "leads back to this file"), ("third.py", "fourth.py: no such config file")):
         with pytest.raises(ValueError, match=words):
             load(Settings, [str(tmp_path / name)])
+
+
+def test_values_that_look_like_options(tmp_path):
+    """Numbers below 0 in any notation, switches before a file, and a file that names its base last."""
+    (tmp_path / "first.py").write_text("steps = 20\nlr = 1\n")
+    (tmp_path / "second.py").write_text('lr = 2\nbase = "first.py"\n')
+    s = load(Settings, ["--compile", str(tmp_path / "second.py"), "--log_alpha", "-1e-3", "--dynamic_ratio", "False"])
+    assert (s.steps, s.lr, s.compile, s.log_alpha, s.dynamic_ratio) == (20, 2.0, True, -1e-3, False)
 
 
 def test_help_names_every_setting_with_its_meaning(capsys):
