@@ -1,5 +1,5 @@
 # make demo     everything from nothing: text, a source model, pruning, training on, evaluation, pictures. It takes about
-#               five minutes on two CPU cores. Run it again to go on where it was.
+#               fifteen minutes on two CPU cores. Run it again to go on where it was.
 # make test     lint and tests, from nothing
 # make bench    how fast a training step is, beside transformers'
 # make compare  all schedules against each other, with several seeds. It takes hours. Run it again to go on where it was.
