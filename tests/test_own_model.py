@@ -126,7 +126,7 @@ def test_memory_to_load_is_little_more_than_the_model(tmp_path):
 import resource, sys, torch
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from model import Llama, LlamaConfig
-from train import host_memory
+from plumbing.log import host_memory
 config = LlamaConfig(8000, 24, 512, 8, 8, 64, 2048, 128)
 if sys.argv[1] == "write":
     Llama(config).save_pretrained({str(tmp_path)!r}, dtype=torch.bfloat16)
