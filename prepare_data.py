@@ -57,6 +57,8 @@ TOO_MUCH = 0.03  # there is a warning if more than this share of a domain's held
 
 
 class Document(NamedTuple):
+    """A text, the domain that it belongs to, and whether it is held out from training."""
+
     domain: str
     held_out: bool
     text: str
