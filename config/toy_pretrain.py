@@ -1,6 +1,6 @@
 """A small Llama from scratch on the demo data: the source model that toy_prune.py prunes.
 
-1.25M parameters, 2.5M tokens, under three minutes on two CPU cores.
+1.25M parameters, 2.5M tokens, three to eight minutes on two CPU cores.
 """
 
 out = "out/toy_pretrain"
