@@ -1,0 +1,247 @@
+"""What stands in each JSON file that is read: the shapes of all of them, and one reader that holds a file against its own.
+
+    meta.json                      Meta           a prepared data set (writer.py)
+    config.json of a model         ModelConfig    Hugging Face's keys (huggingface.py)
+    model.safetensors.index.json   WeightIndex    which file holds which weight
+    config.json of a run           RunConfig      its settings (run.py)
+    state.json                     State          a checkpoint
+    pruning.json                   Pruning        what was kept (choices.py)
+    trained_with.json              TrainedWith    a model's tokenizer, and how far the data were read (models.py)
+    checksums.json                 Checksums      of the files beside it (checkpoint.py, models.py)
+    tokenizer_config.json          TokenizerConfig
+    metrics.jsonl                  MetricsLine    one line of a run's measurements (log.py)
+    questions, a .jsonl file       QuestionLine   one question (continuation.py)
+
+A file that was damaged, cut short, made by hand or by another program ends in one line that names the file and the
+place in it. Keys that are not declared here are ignored. Numbers are finite: JSON has no NaN.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from typing_extensions import NotRequired, TypedDict
+
+T = TypeVar("T")
+
+Natural = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Above0 = Annotated[float, msgspec.Meta(gt=0)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+def read(file: Path, kind: type[T], what: str) -> T:
+    """The content of a JSON file of this kind. ValueError where it is none, with the file, what it was to be and the
+    place where it differs; OSError where it cannot be read."""
+    return parse(file.read_bytes(), kind, f"{file}: not {what}")
+
+
+def parse(text: bytes, kind: type[T], complaint: str) -> T:
+    """The content of one JSON text. ValueError begins with the complaint and says what is wrong."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except RecursionError:
+        raise ValueError(f"{complaint}: it is nested too deep") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ValueError(f"{complaint}: {error}") from None
+
+
+# -- data -----------------------------------------------------------------------------------------------------------
+
+
+class SplitCounts(TypedDict):
+    """What a token file holds."""
+
+    tokens: Natural
+    documents: Natural
+    bytes: Natural
+
+
+class DomainCounts(TypedDict):
+    """The token files of a domain."""
+
+    train: SplitCounts
+    val: SplitCounts
+    test: SplitCounts
+
+
+class Meta(TypedDict):
+    """meta.json."""
+
+    format: int
+    tokenizer: Text
+    tokenizer_fingerprint: Text
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=2**32)]
+    bos: NotRequired[Natural | None]  # files without it were prepared before documents could begin with a token
+    eot: Natural
+    dtype: Literal["uint16", "uint32"]
+    window: Annotated[int, msgspec.Meta(ge=2, le=2**31)]
+    seed: Natural
+    options: dict[str, Any]
+    shared: NotRequired[dict[str, Share]]
+    domains: dict[Text, DomainCounts]
+
+
+class QuestionLine(TypedDict):
+    """One two-choice question."""
+
+    question: str
+    choice1: Text
+    choice2: Text
+    label: Annotated[int, msgspec.Meta(ge=0, le=2)]
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+class ModelConfig(TypedDict):
+    """config.json in Hugging Face's format. Which values a Llama may have is checked in huggingface.py and model.py."""
+
+    model_type: NotRequired[str]
+    vocab_size: Positive
+    num_hidden_layers: Positive
+    hidden_size: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: NotRequired[Positive | None]
+    head_dim: NotRequired[Positive | None]
+    intermediate_size: Positive
+    max_position_embeddings: Positive
+    rms_norm_eps: NotRequired[Above0 | None]
+    rope_theta: NotRequired[Above0 | None]
+    rope_scaling: NotRequired[dict[str, Any] | None]
+    rope_parameters: NotRequired[dict[str, Any] | None]
+    tie_word_embeddings: NotRequired[bool | None]
+    bos_token_id: NotRequired[Natural | list[Natural] | None]
+    eos_token_id: NotRequired[Natural | list[Natural] | None]
+
+
+class WeightIndex(TypedDict):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, Text]
+
+
+class Shape(TypedDict):
+    """LlamaConfig.shape."""
+
+    n_layer: Positive
+    d_model: Positive
+    n_head: Positive
+    n_kv_head: Positive
+    head_dim: Positive
+    d_ffn: Positive
+
+
+class Kept(TypedDict):
+    """What is kept of `layer` and `hidden`, in the order of the small model."""
+
+    kept: list[Natural]
+    gates: NotRequired[list[Share]]
+
+
+class KeptByLayer(TypedDict):
+    """What is kept of `head` and `ffn`, a list for each layer of the source."""
+
+    kept: list[list[Natural]]
+    gates: NotRequired[list[list[Share]]]
+
+
+class Pruning(TypedDict):
+    """pruning.json, see `choices.describe`."""
+
+    source: Shape
+    target: Shape
+    layer: Kept
+    hidden: Kept
+    head: KeptByLayer
+    ffn: KeptByLayer
+
+
+class AddedToken(TypedDict):
+    """A token with its properties."""
+
+    content: str
+
+
+class TokenizerConfig(TypedDict):
+    """tokenizer_config.json: which token ends a text."""
+
+    eos_token: NotRequired[str | AddedToken | None]
+
+
+class ReaderState(TypedDict):
+    """How far the data were read, see `BatchReader.state_dict`."""
+
+    data: Text
+    seq_len: Positive
+    order_seed: Natural
+    sequences: dict[Text, Natural]
+    first: dict[Text, Natural]
+    others: dict[Text, Natural]
+
+
+class TrainedWith(TypedDict):
+    """trained_with.json."""
+
+    tokenizer: Text
+    fingerprint: Text
+    reader: NotRequired[ReaderState | None]
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+
+class RunConfig(TypedDict):
+    """config.json of a run."""
+
+    steps: Positive
+
+
+class History(TypedDict):
+    """The points of the scaling law, one entry per evaluation."""
+
+    tokens: list[list[Natural]]
+    losses: list[list[float]]
+    params: list[Above0]
+    rates: list[float]
+
+
+class MixtureState(TypedDict):
+    """What changes in a dro.Mixture, one value per domain."""
+
+    weights: list[Share]
+    ratio: list[Share]
+    reference: list[float | None]
+    reference_is: list[Literal["given", "predicted", "seen"] | None]
+    history: History
+
+
+class State(TypedDict):
+    """state.json of a checkpoint. `source` and `target` are the fields of a LlamaConfig."""
+
+    step: Natural
+    metrics_bytes: Natural
+    settings: dict[str, Any]
+    digests: dict[str, str]
+    source: dict[str, Any]
+    target: dict[str, Any] | None
+    mixture: MixtureState
+    reader: ReaderState
+    unlogged: list[list[float]]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+
+
+Checksums = dict[Text, Text]  # name of a file -> its checksum
+
+
+ByDomain = dict[str, float | None]
+
+
+class RunLine(TypedDict):
+    """First line of metrics.jsonl."""
+
+    stage: Literal["pretrain", "prune", "continue"]
+    steps: Positive
+    tokens_per_step: Positive
+    domains: list[str]
