@@ -74,9 +74,9 @@ class HardConcrete(nn.Module):
         prob_zero = torch.sigmoid(BETA * math.log(x / (1 - x)) - self.log_alpha)
         return 1 - prob_zero.clamp(1e-6, 1 - 1e-6)
 
-    def sample(self, u: Tensor) -> Tensor:
-        """Gates for uniform noise u in (0, 1) of the same shape."""
-        y = torch.sigmoid((u.log() - (1 - u).log() + self.log_alpha) / BETA)
+    def sample(self, u: Tensor, noise: float = 1.0) -> Tensor:
+        """Gates for uniform noise u in (0, 1) of the same shape. noise: how much of it counts, 1 is the paper's."""
+        y = torch.sigmoid((noise * (u.log() - (1 - u).log()) + self.log_alpha) / BETA)
         return (y * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def deterministic(self, keep: int | None = None) -> Tensor:
@@ -86,6 +86,13 @@ class HardConcrete(nn.Module):
             size = z.shape[-1]
             keep = size - (size - self.prob_nonzero().sum(-1, keepdim=True)).round()
         return z * survivors(self.log_alpha, keep)
+
+    @torch.no_grad()
+    def settling(self, share: float) -> Tensor:
+        """Gates on their way from what they are without noise (share 0) to what is kept at the target: 0 or 1 (share
+        1)."""
+        now = self.sample(torch.full_like(self.log_alpha, 0.5))
+        return now.lerp(survivors(self.log_alpha, self.keep).to(now.dtype), share)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -101,6 +108,9 @@ class PruningMasks(nn.Module):
 
     sparsity_warmup: steps in which the target sparsity ramps up from 0. log_alpha, phi: initial values (short runs need
     a phi above 0). ValueError when the target cannot be cut out of the source.
+
+    How gates settle, which the paper's do not: between the steps noise_from and noise_to their noise fades out; at
+    settle_at the choice is fixed, and within `fade` steps what goes fades out. Then the gates are 0 or 1.
     """
 
     def __init__(
@@ -110,10 +120,15 @@ class PruningMasks(nn.Module):
         sparsity_warmup: int,
         log_alpha: float = LOG_ALPHA_MAX,
         phi: float = 0.0,
+        noise_from: float = math.inf,
+        noise_to: float = math.inf,
+        settle_at: float = math.inf,
+        fade: int = 0,
     ):
         super().__init__()
         check_target(source, target)
         self.source, self.target, self.sparsity_warmup = source, target, sparsity_warmup
+        self.noise_from, self.noise_to, self.settle_at, self.fade = noise_from, noise_to, settle_at, fade
         self.multipliers = nn.ModuleDict()
         target_shapes = gate_shapes(target)
         for granularity, shape in gate_shapes(source).items():
@@ -129,10 +144,14 @@ class PruningMasks(nn.Module):
         return {granularity: getattr(self, granularity) for granularity in self.multipliers}
 
     def sample(self, seed: int, step: int, gate_sample: int) -> Gates:
-        """One draw of all gates. A step's batch may be divided into several parts, each with its own gate sample.
+        """One draw of all gates. A step's batch may be divided into several parts, each with its own gate sample. Once
+        the choice is fixed, the gates are not drawn, see `settling`.
 
         The noise follows from (seed, step, gate_sample), so it is the same on any number of processes.
         """
+        if step >= self.settle_at:
+            return self.settling(step + 1)
+        noise = 1.0 - share_of(step, self.noise_from, self.noise_to)
         rng = randomness.generator(seed, randomness.NOISE, step, gate_sample)
         z = {}
         for granularity, distribution in self.distributions().items():
@@ -140,8 +159,13 @@ class PruningMasks(nn.Module):
             u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, log_alpha.shape)).to(log_alpha.dtype)
             if log_alpha.is_cuda:
                 u = u.pin_memory()  # or the copy would wait for the device
-            z[granularity] = distribution.sample(u.to(log_alpha.device, non_blocking=True))
+            z[granularity] = distribution.sample(u.to(log_alpha.device, non_blocking=True), noise)
         return Gates(**z)
+
+    def settling(self, step: int) -> Gates:
+        """The gates after `step` steps, once the choice is fixed: within `fade` steps they go to 0 or 1."""
+        share = share_of(step, self.settle_at, self.settle_at + self.fade)
+        return Gates(**{g: distribution.settling(share) for g, distribution in self.distributions().items()})
 
     def deterministic(self, at_target: bool = True) -> Gates:
         """Gates without noise: exactly the target shape, or (at_target=False) as many survivors as are expected now."""
@@ -152,7 +176,7 @@ class PruningMasks(nn.Module):
 
     def target_sparsity(self, step: int) -> dict[str, float]:
         """granularity -> wanted share of zeros at a step: a linear ramp from 0, then the target shape's."""
-        ramp = min(1.0, step / self.sparsity_warmup) if self.sparsity_warmup else 1.0
+        ramp = share_of(step, 0, self.sparsity_warmup)
         return {g: ramp * (1 - d.keep / d.log_alpha.shape[-1]) for g, d in self.distributions().items()}
 
     def lagrangian(self, step: int) -> tuple[Tensor, dict]:
@@ -181,25 +205,44 @@ class PruningMasks(nn.Module):
         return total, stats
 
     @torch.no_grad()
-    def expected_params(self) -> Tensor:
+    def left(self, step: int) -> Gates:
+        """What is left of each structure after `step` steps: P(z != 0), or the gate once the choice is fixed."""
+        if step >= self.settle_at:
+            return self.settling(step)
+        return Gates(**{g: distribution.prob_nonzero() for g, distribution in self.distributions().items()})
+
+    def sparsity(self, step: int) -> dict[str, float]:
+        """granularity -> expected share of zeros after `step` steps."""
+        left = self.left(step)
+        return {g: (1 - getattr(left, g).mean(-1)).mean().item() for g in self.distributions()}
+
+    @torch.no_grad()
+    def expected_params(self, step: int) -> float:
         """Expected number of parameters left: P in the scaling law. Gates are independent: means multiply."""
-        s = self.source
-        device = next(self.parameters(), torch.empty(0)).device
+        s, left = self.source, self.left(step)
 
-        def left(distribution, size):  # expected number of survivors in each row, () or (L,)
-            return torch.tensor(size, device=device) if distribution is None else distribution.prob_nonzero().sum(-1)
+        def survivors_of(z, size):  # expected number in each row, () or (L,)
+            return torch.tensor(size) if z is None else z.sum(-1).cpu()
 
-        d, groups, ffn = left(self.hidden, s.d_model), left(self.head, s.n_kv_head), left(self.ffn, s.d_ffn)
-        layer = torch.ones(s.n_layer, device=device) if self.layer is None else self.layer.prob_nonzero()  # (L,)
+        d, groups = survivors_of(left.hidden, s.d_model), survivors_of(left.head, s.n_kv_head)
+        ffn = survivors_of(left.ffn, s.d_ffn)
+        layer = torch.ones(s.n_layer) if left.layer is None else left.layer.cpu()  # (L,)
         attention = 2 * d * groups * (s.n_head // s.n_kv_head + 1) * s.head_dim
         embeddings = s.vocab_size * (1 if s.tie_embeddings else 2) * d
-        return (layer * (attention + 3 * d * ffn + 2 * d)).sum() + embeddings + d
+        return float((layer * (attention + 3 * d * ffn + 2 * d)).sum() + embeddings + d)
 
     @torch.no_grad()
     def clamp_(self) -> None:
         """Clamp every log_alpha. To be called after each optimizer step."""
         for distribution in self.distributions().values():
             distribution.clamp_()
+
+
+def share_of(step: float, start: float, end: float) -> float:
+    """How much of the way from `start` to `end` is behind at a step, 0 to 1."""
+    if step >= end:
+        return 1.0
+    return (step - start) / (end - start) if step > start else 0.0
 
 
 def check_target(source: LlamaConfig, target: LlamaConfig) -> None:

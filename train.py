@@ -18,8 +18,9 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from eval import domain_losses
 from masks import PruningMasks, extract
 from model import Gates, Llama, LlamaConfig, read_config
 from plumbing import choices, cost, parallel
+from plumbing import cut as cutting
 from plumbing.command_line import load, user_errors
 from plumbing.data import BatchReader, TokenData
 from plumbing.log import Log, Meter, give_up, say
@@ -47,6 +49,8 @@ from plumbing.parallel import Engine
 from plumbing.run import Run, flush, newest_checkpoint
 from plumbing.settings import FREE, Settings
 
+CALIBRATION_STEPS = 4  # a choice that looks at text looks at the batches of so many steps
+
 
 class Trainer:
     """One run, from its first step to the finished model: the same on a CPU, on 8 GPUs, and in the dry run."""
@@ -58,18 +62,21 @@ class Trainer:
         self.optimizer = make_optimizer(s, model, masks)
         self.meter = Meter(len(mixture.domains), self.engine.device)
 
-    def train(self, run: Run, log: Log, first: int = 0) -> None:
-        """All steps from `first` on. SystemExit when the run is told to stop before the last."""
+    def train(self, run: Run, log: Log, first: int = 0) -> int:
+        """The steps from `first` on, until the small model is to be cut out, or else all. Returns how many are done.
+        SystemExit when the run is told to stop before the last."""
         s, masks, engine, optimizer, meter = self.s, self.masks, self.engine, self.optimizer, self.meter
+        end = s.cut_at if masks else s.steps
         per_token = parallel.size() / (s.batch_size * s.seq_len)  # of this process: gradients are averaged, not summed
-        for step in range(first, s.steps):
+        for step in range(first, end):
             set_learning_rates(optimizer, s, step)
             for part in engine.micro_batches(self.reader.next_batch(step, self.mixture.weights)):
                 z = masks.sample(s.seed, step, part.gate_sample) if masks else None
                 nll = engine(part.tokens[:, :-1], z, targets=part.tokens[:, 1:])  # (b, T) cross entropies, nats
                 (nll.sum() * per_token).backward()
                 meter.add(part.domain, nll)
-            if masks:
+            learning = masks is not None and step < masks.settle_at  # then the choice is fixed
+            if learning:
                 parallel.average_gradients(masks.parameters())
                 meter.constraint, meter.stats = masks.lagrangian(step)  # eq. 1; every process has all of it
                 meter.constraint.backward()
@@ -77,7 +84,7 @@ class Trainer:
             optimizer.found_inf = meter.found_inf(step, norm)  # AdamW skips its update once a gradient is not finite
             optimizer.step()
             optimizer.zero_grad()
-            if masks:
+            if learning:
                 masks.clamp_()
 
             done, last = step + 1, step + 1 == s.steps
@@ -93,6 +100,7 @@ class Trainer:
                 say(f"stopped after step {done}; the same command goes on from here")
                 engine.close()
                 sys.exit(run.exit_status)
+        return end
 
     def evaluate(self, log: Log, step: int) -> None:
         """Measure the validation loss of each domain, move the domain weights by it, log both."""
@@ -100,7 +108,9 @@ class Trainer:
         self.meter.check(mixture.domains)
         with log.clock.paused():
             z = None
-            if masks and step > 0:  # the target shape would cut off what is still in use: its losses would say nothing
+            if masks and step >= masks.settle_at:
+                z = masks.settling(step)
+            elif masks and step > 0:  # the target shape would cut off what is still in use: its losses say nothing
                 z = masks.deterministic(at_target=False)
             losses = validation_losses(s, self.model, self.reader.data, z)
             course = self.course(step)
@@ -121,10 +131,10 @@ class Trainer:
         seen_at_end = seen * (s.steps / max(1, step))
         params = params_at_end = float(self.model.config.n_params())
         if self.masks:
-            params, params_at_end = self.masks.expected_params().item(), float(self.masks.target.n_params())
+            params, params_at_end = self.masks.expected_params(step), float(self.masks.target.n_params())
         points = []
         for share in np.linspace(0, 1, 9):
-            pruned = 1.0 if share == 1 else min(1.0, share * left / max(1, s.sparsity_warmup - step))
+            pruned = 1.0 if share == 1 else min(1.0, share * left / max(1, s.pruned_at - step))
             rate = lr_scale(max(0, step + share * left - 1), s)  # of the last update
             tokens = seen + share * (seen_at_end - seen)
             points.append(Point(tokens, params + pruned * (params_at_end - params), rate))
@@ -164,29 +174,29 @@ class Trainer:
         say(f"going on from {run.checkpoint}")
         return state["step"]
 
-    def finish(self, run: Run, log: Log, sharding: dict) -> None:
+    def finish(self, run: Run, log: Log, make: Callable[..., Llama]) -> None:
         """Cut the small model out, write model/, measure what was written."""
-        s, masks, partial = self.s, self.masks, run.path / "model.partial"
+        s, masks, directory = self.s, self.masks, run.path / "model.partial"
         whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if masks and s.settles:
+            choices.settle_(masks)
         z = masks.deterministic(at_target=True) if masks else None
         if parallel.is_first():
             model, kept = Llama.of_weights(self.model.config, whole), None
-            chosen = run.path / "start" / PRUNING  # a choice that was made before the training
             if masks:
                 kept, model = choices.describe(masks.cpu()), extract(model, masks)
-            elif chosen.is_file():
-                kept = json.loads(chosen.read_text())
-            save_model(partial, model, kept, model_directory(s.init_from) if s.init_from else None, self.reader)
+            elif s.is_pruning:  # the small model was cut out before
+                kept = json.loads((run.path / PRUNING).read_text())
+            save_model(directory, model, kept, model_directory(s.init_from) if s.init_from else None, self.reader)
             del model
         del whole
         parallel.barrier()
-        small = parallel.read_model(partial, self.engine.device, **sharding)
+        small = make(read_config(directory), directory, checkpoint_layers=False, compiled=False)
         log.end(validation_losses(s, small, self.reader.data), small.config, z)
         if parallel.is_first():
             shutil.rmtree(run.path / "model", ignore_errors=True)  # an older one, of fewer steps
-            flush(partial)
-            partial.rename(run.path / "model")
-            shutil.rmtree(run.path / "start", ignore_errors=True)
+            flush(directory)
+            directory.rename(run.path / "model")
 
 
 def validation_losses(s: Settings, model: Llama, data: TokenData, z: Gates | None = None) -> dict[str, float]:
@@ -270,30 +280,39 @@ def new_references(run: Run) -> bool:
 
 def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> PruningMasks:
     """The gates of a pruning run."""
-    masks = PruningMasks(source, target, s.sparsity_warmup, s.log_alpha, s.phi)
+    noise = (s.noise_from, s.noise_to) if s.noise_to else (math.inf, math.inf)
+    settle_at = s.settle_at if s.settles else math.inf
+    masks = PruningMasks(source, target, s.sparsity_warmup, s.log_alpha, s.phi, *noise, settle_at, s.fade)
     masks.clamp_()
     return masks
 
 
-def choose_(s: Settings, masks: PruningMasks) -> None:
-    """Close the gates by a choice that is not learned. ValueError for a file that is no choice."""
-    if s.gates == "random":
-        scores = choices.random_scores(masks, s.seed)
-    elif s.gates == "magnitude":
-        scores = choices.magnitude_scores(Llama.from_pretrained(directory_of(s.init_from)))
-    else:
-        try:
-            scores = choices.scores_of(masks, json.loads(Path(s.gates).read_text()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"gates = '{s.gates}': not a pruning.json of this source and target ({error})") from None
-    choices.choose_(masks, scores)
+def choose_(s: Settings, masks: PruningMasks, reader: BatchReader, weights: np.ndarray) -> None:
+    """Fix a choice that is not learned. Some look at the text that the first steps will read. ValueError for a file
+    that is no choice."""
+    if parallel.is_first():
+        model = Llama.from_pretrained(directory_of(s.init_from))
+        scores = choices.scores(s.gates, masks, model, reader.peek(CALIBRATION_STEPS, weights), s.seed)
+        choices.choose_(masks, scores)
+    masks.load_state_dict(parallel.from_first(masks.state_dict()))
 
 
-def cut(s: Settings, masks: PruningMasks, path: Path) -> None:
-    """Write the small model of a choice that is not learned, and that choice: the training starts from it."""
-    shutil.rmtree(path, ignore_errors=True)
-    extract(Llama.from_pretrained(directory_of(s.init_from)), masks).save_pretrained(path)
-    (path / PRUNING).write_text(json.dumps(choices.describe(masks)))
+def cut(trainer: Trainer, run: Run, log: Log, make: Callable[..., Llama], step: int) -> Trainer:
+    """The trainer that goes on after `step` steps with the small model, which is cut out of weights and moments."""
+    s, masks, path = trainer.s, trainer.masks.cpu(), run.path / "cut.partial"
+    choices.settle_(masks)
+    cutting.write(path, trainer.tree, trainer.optimizer, masks)
+    if parallel.is_first():
+        (run.path / PRUNING).write_text(json.dumps(choices.describe(masks)))
+    trainer.engine.release()
+    small = Trainer(s, make(masks.target, path / cutting.WEIGHTS), None, trainer.reader, trainer.mixture)
+    cutting.read_moments(path, small.model, small.optimizer, step)
+    small.meter.sums = trainer.meter.sums  # of the steps since the last log line
+    log.shape = masks.target
+    parallel.barrier()
+    if parallel.is_first():
+        shutil.rmtree(path)
+    return small
 
 
 def rehearse(s: Settings, source: LlamaConfig, rehearsal: cost.Rehearsal) -> None:
@@ -301,7 +320,7 @@ def rehearse(s: Settings, source: LlamaConfig, rehearsal: cost.Rehearsal) -> Non
     settings are such that nothing is logged, evaluated or saved."""
     shape, masks = source, None
     if target := s.target_shape(source):
-        shape, masks = (source, make_masks(s, source, target)) if s.gates == "learned" else (target, None)
+        shape, masks = (source, make_masks(s, source, target)) if s.cut_at else (target, None)
     cpu, recompute = torch.device("cpu"), s.activation_checkpointing
     model = parallel.make_model(shape, None, cpu, **rehearsal.sharding, checkpoint_layers=recompute)
     trainer = Trainer(s, model, masks, rehearsal, Mixture(["all"], [1.0], "constant"))
@@ -337,46 +356,41 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, dict] | None:
     if s.reference_model:
         model_shape(s, s.reference_model, data)
 
-    # what is trained: the source with its gates, or the small model of a choice that is not learned
+    # what is trained: the source with its gates, and the small model once that is cut out
     masks = None
     if target := s.target_shape(shape):
-        masks = make_masks(s, shape, target)
-    if masks and s.gates != "learned":
-        shape, start = target, run.path / "start"
-        if {"gates", "seed"} & set(run.changed):
-            raise ValueError(f"gates and seed must be those of {run.origin}, whose choice was made by them")
-        if parallel.is_first() and (run.state is None or not (start / PRUNING).is_file()):
-            choose_(s, masks)
-            cut(s, masks, start)
-        masks = None
-    parallel.barrier()  # the first process has written what all read now
-    if run.state and (run.state["source"], bool(run.state["target"])) != (asdict(shape), bool(masks)):
+        if s.settles and (fixed := {"gates", "settle_at", "fade"} & set(run.changed)):
+            raise ValueError(f"{' and '.join(sorted(fixed))} must be as in {run.origin}, where the choice is fixed")
+        if run.state and run.state["target"] is None:
+            shape = target
+        else:
+            masks = make_masks(s, shape, target)
+    if run.state and run.state["source"] != asdict(shape):
         raise ValueError(f"{run.checkpoint}: its model has another shape than these settings give it")
     sharding = parallel.sharding(s.parallel, s.dtype, device)
-    model = parallel.make_model(
-        shape,
-        None if run.state else start,
-        device,
-        **sharding,
-        checkpoint_layers=s.activation_checkpointing,
-        compiled=s.compile,
-    )
+    layers = {"checkpoint_layers": s.activation_checkpointing, "compiled": s.compile}
+    make = partial(parallel.make_model, device=device, **sharding, **layers)
+    model = make(shape, None if run.state else start)
     references = s.reference_losses or None
     if s.reference_model and (run.state is None or new_references(run)):
         say(f"measuring the reference losses on {s.reference_model}")
         reference_model = parallel.read_model(directory_of(s.reference_model), device, **sharding)
         references = validation_losses(s, reference_model, data)
 
-    run.open()
     mixture, position = make_mixture(s, data, references), None
     if s.init_from and run.state is None:
         position = data_position(s.init_from)
     why_not = reader.go_on_after(position) if position else None
+    if masks and s.gates != "learned" and run.state is None:
+        choose_(s, masks, reader, mixture.weights)
+    run.open()
+    if parallel.is_first() and run.origin != run.path and (run.origin / PRUNING).is_file():
+        shutil.copy(run.origin / PRUNING, run.path)
     if why_not:
         say(f"note: this run reads {s.data} from its beginning, not from where {s.init_from} stopped: {why_not}")
     log = Log(s, run, reader, shape, device)
     log.settings(mixture)
-    return Trainer(s, model, masks.to(device) if masks else None, reader, mixture), run, log, sharding
+    return Trainer(s, model, masks.to(device) if masks else None, reader, mixture), run, log, make
 
 
 def main():
@@ -388,18 +402,23 @@ def main():
         what = set_up(s)
     if what is None:
         return
-    trainer, run, log, sharding = what
+    trainer, run, log, make = what
     try:
         first = 0
         if run.state:
             with user_errors():
                 first = trainer.restore(run, log)
+        if trainer.masks and first == s.cut_at < s.steps:  # at once, or in the moment that was saved
+            trainer = cut(trainer, run, log, make, first)
         if first == 0 or run.changed:
             log.begin(trainer.masks.target if trainer.masks else None)
         if first == 0:
             trainer.evaluate(log, step=0)
-        trainer.train(run, log, first)
-        trainer.finish(run, log, sharding)
+        first = trainer.train(run, log, first)
+        if first < s.steps:
+            trainer = cut(trainer, run, log, make, first)
+            trainer.train(run, log, first)
+        trainer.finish(run, log, make)
     except SystemExit:  # a checkpoint that is still being written is a good one, however the run ends
         run.finish_save()
         raise

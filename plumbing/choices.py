@@ -1,30 +1,65 @@
-"""Choices that are not learned: keep structures at random, by the size of their weights, or as another run chose.
+"""Choices that are not learned, which the learned choice is compared with.
 
-The learned choice is compared with these. A choice is made in two steps: give each structure a score, then keep those
-with the highest scores, as many as the target shape has.
+    --gates=random        at random
+    --gates=magnitude     what has the largest weights
+    --gates=activation    what gives the largest activations (Minitron, arXiv 2407.14679)
+    --gates=taylor        what the loss depends on most, to first order (arXiv 1906.10771, LLM-Pruner 2305.11627)
+    --gates=FILE          what another run kept, by its pruning.json
+
+A choice is made in two steps: give each structure a score, then keep those with the highest scores, as many as the
+target shape has. activation and taylor look at some batches of training text, and compare layers as a whole.
 
     python train.py config/toy_prune.py --gates=magnitude
 
 `describe` is the other way round: it says what was kept, learned or not, for the pruning.json of a model.
 """
 
+import json
 import math
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from masks import PruningMasks, kept_indices, survivors
+from masks import PruningMasks, gate_shapes, kept_indices, survivors
 from model import Gates, Llama
 from plumbing import randomness
 
 Scores = Gates  # the same fields and shapes; a score may be any number, and the higher are kept
+LEARNED, WITH_TEXT = "learned", ("activation", "taylor")
 
 
 @torch.no_grad()
 def choose_(masks: PruningMasks, scores: Scores) -> None:
-    """Decide all gates at once, in place: z = 1 for the highest scores of each row, z = 0 for the others."""
+    """Fix the choice, in place: the highest scores of each row are kept, with z = 1. What goes stays as open as it is
+    until it is cut out."""
     for granularity, distribution in masks.distributions().items():
         kept = survivors(getattr(scores, granularity), distribution.keep)
-        distribution.log_alpha.copy_(torch.where(kept, math.inf, -math.inf))
+        distribution.log_alpha.masked_fill_(kept, math.inf)
+
+
+def settle_(masks: PruningMasks) -> None:
+    """Fix the choice that the gates have learned, in place."""
+    choose_(masks, Scores(**{g: distribution.log_alpha for g, distribution in masks.distributions().items()}))
+
+
+def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], seed: int) -> Scores:
+    """The scores of a choice by its name (see above). text: tokens (b, T+1) for those that look at text. ValueError for
+    a file that is no choice of this source and target."""
+    match gates:
+        case "random":
+            return random_scores(masks, seed)
+        case "magnitude":
+            return magnitude_scores(model)
+        case "activation":
+            return activation_scores(model, text)
+        case "taylor":
+            return taylor_scores(model, text)
+    try:
+        return scores_of(masks, json.loads(Path(gates).read_text()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"gates = '{gates}': not a pruning.json of this source and target ({error})") from None
 
 
 def random_scores(masks: PruningMasks, seed: int) -> Scores:
@@ -32,6 +67,60 @@ def random_scores(masks: PruningMasks, seed: int) -> Scores:
     rng = randomness.generator(seed, randomness.CHOICE)
     distributions = masks.distributions()
     return Scores(**{g: torch.from_numpy(rng.random(d.log_alpha.shape)) for g, d in distributions.items()})
+
+
+@torch.no_grad()
+def activation_scores(model: Llama, text: list[Tensor]) -> Scores:
+    """Scores by what flows through a structure, as in Minitron: mean absolute activations of hidden dimensions (after
+    the norms), KV groups and feed-forward dimensions. A layer's is its block influence, 1 - cos(input, output)."""
+    config, total = model.config, [torch.zeros(shape) for shape in gate_shapes(model.config).values()]
+    layer, hidden, head, ffn = total
+    identity = nn.Parameter(torch.eye(config.n_head * config.head_dim))
+
+    def watch(i: int, block) -> list:
+        def look_at_layer(_, inputs, output):
+            layer[i] += (1 - F.cosine_similarity(inputs[0], output, dim=-1)).mean()
+
+        def look_at_norm(_, inputs, output):
+            hidden.add_(output.abs().mean((0, 1)))
+
+        def look_at_attention(_, inputs, output):
+            weight, block.self_attn.o_proj.weight = block.self_attn.o_proj.weight, identity
+            heads = block.self_attn.forward(*inputs)  # once more, to see what o_proj gets
+            block.self_attn.o_proj.weight = weight
+            head[i] += heads.abs().mean((0, 1)).view(config.n_kv_head, -1).mean(1)
+
+        def look_at_ffn(_, inputs, output):
+            inner = F.silu(block.mlp.gate_proj(inputs[0])) * block.mlp.up_proj(inputs[0])
+            ffn[i] += inner.abs().mean((0, 1))
+
+        return [
+            block.register_forward_hook(look_at_layer),
+            block.input_layernorm.register_forward_hook(look_at_norm),
+            block.post_attention_layernorm.register_forward_hook(look_at_norm),
+            block.self_attn.register_forward_hook(look_at_attention),
+            block.mlp.register_forward_hook(look_at_ffn),
+        ]
+
+    hooks = [hook for i, block in enumerate(model.layers) for hook in watch(i, block)]
+    for tokens in text:
+        model(tokens[:, :-1])
+    for hook in hooks:
+        hook.remove()
+    return Scores(*total)
+
+
+def taylor_scores(model: Llama, text: list[Tensor]) -> Scores:
+    """Scores by first-order Taylor expansion: the mean over sequences of |dL/dz| at z = 1, what the loss L of a
+    sequence would change by, to first order, if the structure's gate closed."""
+    gates = Gates(*(torch.ones(shape, requires_grad=True) for shape in gate_shapes(model.config).values()))
+    total = [torch.zeros_like(z) for z in gates]
+    for tokens in text:
+        for sequence in tokens.split(1):
+            loss = model(sequence[:, :-1], gates, targets=sequence[:, 1:]).mean()
+            for sum_, gradient in zip(total, torch.autograd.grad(loss, gates)):
+                sum_ += gradient.abs()
+    return Scores(*total)
 
 
 @torch.no_grad()

@@ -253,15 +253,20 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     s.split_batch(s.world_size)
     source = shape_of(s)
     target = s.target_shape(source)
-    trained = target if target and s.gates != "learned" else source
+    cut_at = s.cut_at if target else s.steps  # until then the source is trained, and then the target
+    trained = source if cut_at else target
 
     tokens = s.steps * s.batch_size * s.seq_len
     train_flops = flops_per_token(trained, s.seq_len)
-    forward_flops = flops_per_token(trained, s.seq_len, backward=False)
-    recomputed = forward_flops if s.activation_checkpointing else 0.0
+    recomputed = flops_per_token(trained, s.seq_len, backward=False) if s.activation_checkpointing else 0.0
     evaluations, n_domains = -(-s.steps // s.eval_interval) + 1, len(s.domains) or len(s.ratio) or 1
     eval_tokens = evaluations * s.eval_sequences * n_domains * s.seq_len
-    flops = tokens * (train_flops + recomputed) + eval_tokens * forward_flops
+    flops = 0.0
+    for config, steps in ((source, cut_at), (target, s.steps - cut_at)):
+        if steps:
+            forward = flops_per_token(config, s.seq_len, backward=False)
+            passes = 4 if s.activation_checkpointing else 3  # the backward pass counts twice
+            flops += steps / s.steps * forward * (passes * tokens + eval_tokens)
 
     shapes = [parts(c) for c in (source, target) if c]
     row("parameters", "".join(f"{name:>16}" for name in ("source", "target")[: len(shapes)]))

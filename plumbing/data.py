@@ -216,6 +216,13 @@ class BatchReader:
         domains = rng.choice(len(weights), size=self.batch_size, p=weights / weights.sum())
         return domains, np.array([self._advance(d) for d in domains], np.int64)
 
+    def peek(self, steps: int, weights: np.ndarray) -> list[Tensor]:
+        """The tokens (batch_size, T+1) that the first `steps` steps will read. The reader stays where it is."""
+        counts = list(self.counts)
+        tokens = [self.read(*self.draw(step, weights)) for step in range(steps)]
+        self.counts = counts
+        return tokens
+
     def read(self, domains: np.ndarray, sequences: np.ndarray) -> Tensor:
         """The tokens of these sequences, int64 (b, T+1)."""
         tokens = np.empty((len(domains), self.seq_len + 1), np.int64)

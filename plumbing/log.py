@@ -147,9 +147,10 @@ class Log:
         self._tell_of_new_epochs()
         sums, counts = meter.totals()
         meter.sums.zero_()
+        stats, meter.stats = meter.stats, {}
         means = (sums / counts).tolist()
         loss = (sums.sum() / counts.sum()).item()
-        constraint = {"constraint": meter.constraint.item(), **by_name(meter.stats)} if meter.stats else {}
+        constraint = {"constraint": meter.constraint.item(), **by_name(stats)} if stats else {}
         self.run.log(
             type="train",
             step=step,
@@ -210,7 +211,7 @@ class Log:
         gates = {}
         if masks:
             gates["gates"] = None if z is None else gate_picture(z)
-            gates["sparsity"] = by_name(masks.lagrangian(step)[1])["sparsity"]
+            gates["sparsity"] = masks.sparsity(step)
         self.run.log(
             type="eval",
             step=step,

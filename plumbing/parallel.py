@@ -226,11 +226,15 @@ class Engine:
             with self.module.no_sync() if alone else nullcontext():
                 yield part
 
+    def release(self) -> None:
+        """Drop DDP, and what it holds."""
+        self.module = self.model
+        gc.collect()
+
     def close(self) -> None:
         """Leave the other processes. DDP is dropped before the group is: what it frees after it would wait for a thread
         that waits for Python."""
-        self.module = self.model
-        gc.collect()
+        self.release()
         stop()
 
 
@@ -253,6 +257,7 @@ def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
     """Scale all gradients so that their norm together is at most max_norm; returns what it was, without waiting for
     it. A module's parameters are all sharded or all whole."""
     parameters = [[p for p in module.parameters() if p.grad is not None] for module in modules]
+    parameters = [group for group in parameters if group]
     norms = [nn.utils.get_total_norm([p.grad for p in group]) for group in parameters]
     norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
     for group in parameters:

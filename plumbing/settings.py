@@ -61,9 +61,20 @@ class Settings:
     target_d_ffn: Annotated[int, NOT_NEGATIVE, "feed-forward dimensions to keep in each layer; 0 means all"] = 0
     gates: Annotated[
         str,
-        "learned: gates are trained with the weights. random, magnitude (of weights), or the path of a pruning.json: "
-        "the choice is made first, the small model is cut out, and then it is trained",
+        "what chooses. learned: gates that are trained with the weights. random, magnitude (of weights), activation, "
+        "taylor, or the path of a pruning.json: the choice is made before the first step",
     ] = "learned"
+    noise_from: Annotated[int, NOT_NEGATIVE, "learned: step at which the noise of the gates begins to fade out"] = 0
+    noise_to: Annotated[int, NOT_NEGATIVE, "learned: step from which on there is none; 0 means that it stays"] = 0
+    settle_at: Annotated[
+        int, NOT_NEGATIVE, "learned: step at which the choice is fixed; 0 means after the last, as in the paper"
+    ] = 0
+    fade: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "steps in which what is not kept fades out once the choice is fixed; then the small model is cut out, and the "
+        "same run trains it on",
+    ] = 0
     gate_samples: Annotated[
         int, POSITIVE, "number of times that the gates are drawn in a step, each time for an equal part of the batch"
     ] = 1
@@ -204,11 +215,22 @@ class Settings:
         wrong = []
         if not self.init_from:
             wrong.append("a target shape needs a model to prune: set init_from")
-        if self.gates == "learned" and self.sparsity_warmup >= self.steps:
-            wrong.append(
-                f"sparsity_warmup = {self.sparsity_warmup} must be below steps = {self.steps}: only after "
-                "it is the target sparsity reached"
-            )
+        for name in ("settle_at", "noise_from", "noise_to") if self.gates != "learned" else ():
+            if getattr(self, name):
+                wrong.append(f"{name} = {getattr(self, name)} is for gates = 'learned', not '{self.gates}'")
+        if self.cut_at > self.steps:
+            wrong.append(f"settle_at + fade = {self.cut_at} must not be above steps = {self.steps}")
+        if self.gates == "learned":
+            end, what = (self.settle_at, "settle_at") if self.settle_at else (self.steps, "steps")
+            if self.sparsity_warmup >= end:
+                wrong.append(
+                    f"sparsity_warmup = {self.sparsity_warmup} must be below {what} = {end}: only after "
+                    "it is the target sparsity reached"
+                )
+            if self.fade and not self.settle_at:
+                wrong.append(f"fade = {self.fade} needs settle_at, the step at which the choice is fixed")
+            if self.noise_from and self.noise_from >= self.noise_to:
+                wrong.append(f"noise_from = {self.noise_from} must be below noise_to = {self.noise_to}")
         return wrong
 
     @property
@@ -220,6 +242,21 @@ class Settings:
     def learns_gates(self) -> bool:
         """Whether the run trains gates: it prunes, and the choice is not made before the training."""
         return self.is_pruning and self.gates == "learned"
+
+    @property
+    def settles(self) -> bool:
+        """Whether the gates are 0 or 1 at the cut: the choice is fixed before the run ends."""
+        return self.is_pruning and (self.gates != "learned" or self.settle_at > 0)
+
+    @property
+    def cut_at(self) -> int:
+        """Number of steps after which the small model is cut out."""
+        return self.settle_at + self.fade if self.settles else self.steps
+
+    @property
+    def pruned_at(self) -> int:
+        """Step at which as much is to be pruned as the target shape asks for."""
+        return self.sparsity_warmup if self.learns_gates else self.fade
 
     @property
     def stage(self) -> str:

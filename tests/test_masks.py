@@ -170,9 +170,9 @@ def test_expected_params_are_those_of_sampled_models():
         attention = 2 * d * (z.head != 0).sum(1) * (2 + 1) * gqa.head_dim
         counts.append((layer * (attention + 3 * d * (z.ffn != 0).sum(1) + 2 * d)).sum() + 2 * gqa.vocab_size * d + d)
     counts = torch.stack(counts).double()
-    assert abs(counts.mean() - masks.expected_params()) < 4 * counts.std() / len(counts) ** 0.5
+    assert abs(counts.mean() - masks.expected_params(0)) < 4 * counts.std() / len(counts) ** 0.5
     decided = PruningMasks(gqa, gqa, 0)
-    assert decided.distributions() == {} and decided.expected_params() == gqa.n_params()
+    assert decided.distributions() == {} and decided.expected_params(0) == gqa.n_params()
 
 
 # -- extraction -----------------------------------------------------------------------------------------------------
