@@ -80,6 +80,8 @@ class Trainer:
                 parallel.average_gradients(masks.parameters())
                 meter.constraint, meter.stats = masks.lagrangian(step)  # eq. 1; every process has all of it
                 meter.constraint.backward()
+            else:
+                meter.stats = {}
             norm = parallel.clip_gradients(self.tree.values(), s.grad_clip or math.inf)
             optimizer.found_inf = meter.found_inf(step, norm)  # AdamW skips its update once a gradient is not finite
             optimizer.step()

@@ -113,11 +113,11 @@ def activation_scores(model: Llama, text: list[Tensor]) -> Scores:
 def taylor_scores(model: Llama, text: list[Tensor]) -> Scores:
     """Scores by first-order Taylor expansion: the mean over sequences of |dL/dz| at z = 1, what the loss L of a
     sequence would change by, to first order, if the structure's gate closed."""
-    gates = Gates(*(torch.ones(shape, requires_grad=True) for shape in gate_shapes(model.config).values()))
+    gates = [torch.ones(shape, requires_grad=True) for shape in gate_shapes(model.config).values()]
     total = [torch.zeros_like(z) for z in gates]
     for tokens in text:
         for sequence in tokens.split(1):
-            loss = model(sequence[:, :-1], gates, targets=sequence[:, 1:]).mean()
+            loss = model(sequence[:, :-1], Gates(*gates), targets=sequence[:, 1:]).mean()
             for sum_, gradient in zip(total, torch.autograd.grad(loss, gates)):
                 sum_ += gradient.abs()
     return Scores(*total)

@@ -147,10 +147,9 @@ class Log:
         self._tell_of_new_epochs()
         sums, counts = meter.totals()
         meter.sums.zero_()
-        stats, meter.stats = meter.stats, {}
         means = (sums / counts).tolist()
         loss = (sums.sum() / counts.sum()).item()
-        constraint = {"constraint": meter.constraint.item(), **by_name(stats)} if stats else {}
+        constraint = {"constraint": meter.constraint.item(), **by_name(meter.stats)} if meter.stats else {}
         self.run.log(
             type="train",
             step=step,

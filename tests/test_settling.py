@@ -1,0 +1,215 @@
+"""Gates that settle: their noise fades, the choice is fixed, what goes fades out, and the small model goes on."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import GATES, ROBUST, TARGET, metrics, run
+from test_masks import SOURCE, random_masks
+from test_masks import TARGET as SMALL
+from test_model import random_llama
+from torch import nn
+
+from eval import domain_losses
+from masks import PruningMasks, extract, kept_indices
+from model import Gates, Llama
+from plumbing import choices, cut
+from plumbing.data import TokenData
+from plumbing.models import load_model
+
+
+def masks_that_settle(**settings) -> PruningMasks:
+    masks = PruningMasks(SOURCE, SMALL, 0, **settings)
+    masks.load_state_dict(random_masks(SOURCE, SMALL).state_dict())
+    return masks
+
+
+def test_noise_fades_out_in_a_straight_line():
+    masks, paper = masks_that_settle(noise_from=10, noise_to=30), masks_that_settle()
+    for step, share in ((0, 1.0), (10, 1.0), (15, 0.75), (30, 0.0), (99, 0.0)):
+        for name, distribution in masks.distributions().items():
+            drawn = getattr(paper.sample(0, step, 0), name).detach().double()  # the paper's draw, with all of the noise
+            log_alpha = distribution.log_alpha.detach().double()
+            logit = torch.logit((drawn + 0.1) / 1.2) * 2 / 3  # back to noise + log_alpha, where nothing is clipped
+            expected = torch.sigmoid((share * (logit - log_alpha) + log_alpha) * 1.5) * 1.2 - 0.1
+            inside = (drawn > 0.01) & (drawn < 0.99)
+            z = getattr(masks.sample(0, step, 0), name).detach().double()
+            assert name != "ffn" or inside.any()
+            torch.testing.assert_close(z[inside], expected.clamp(0, 1)[inside], atol=1e-4, rtol=0)
+
+
+def test_what_goes_fades_out_and_what_stays_comes_to_one():
+    masks = masks_that_settle(settle_at=20, fade=10)
+    start, kept = masks.settling(20), kept_indices(masks)
+    for step, share in ((20, 0.0), (25, 0.5), (30, 1.0), (77, 1.0)):
+        for name, z in zip(Gates._fields, masks.settling(step)):
+            end = torch.zeros_like(z).scatter_(-1, kept[name], 1.0)
+            torch.testing.assert_close(z, (1 - share) * getattr(start, name) + share * end)
+    for name, distribution in masks.distributions().items():  # it begins where gates without noise are
+        z = torch.sigmoid(distribution.log_alpha.detach() * 1.5) * 1.2 - 0.1
+        torch.testing.assert_close(getattr(start, name), z.clamp(0, 1))
+        # the gates of a step are those that its update leads to, and have no gradient
+        assert torch.equal(getattr(masks.sample(0, 24, 3), name), getattr(masks.settling(25), name))
+        assert not getattr(masks.sample(0, 24, 3), name).requires_grad
+    assert masks.expected_params(30) == SMALL.n_params()
+    assert masks.sparsity(30) == pytest.approx({"layer": 0.5, "hidden": 10 / 24, "head": 0.5, "ffn": 19 / 40})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_small_model_gets_the_updates_of_the_gated_one(tied, tmp_path):
+    """In float64: five updates of the gated model, and two of it and three of the small model with its moments."""
+    source = replace(SOURCE, tie_embeddings=tied, n_kv_head=2)
+    masks = PruningMasks(source, replace(SMALL, tie_embeddings=tied, n_kv_head=1), 0, settle_at=0).double()
+    choices.choose_(masks, choices.random_scores(masks, 0))
+    model = random_llama(source).double()
+    tokens = torch.randint(61, (5, 3, 16), generator=torch.Generator().manual_seed(0))
+    make = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+    def update(model, optimizer, step, z=None):
+        model(tokens[step, :, :-1], z, targets=tokens[step, :, 1:]).mean().backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    optimizer = torch.optim.AdamW(model.parameters(), **make)
+    for step in range(2):
+        update(model, optimizer, step, masks.sample(0, step, 0))
+    cut.write(tmp_path / "cut", nn.ModuleDict({"model": model}), optimizer, masks)
+    small = Llama.from_pretrained(tmp_path / "cut" / cut.WEIGHTS, torch.float64)
+    small_optimizer = torch.optim.AdamW(small.parameters(), **make)
+    cut.read_moments(tmp_path / "cut", small, small_optimizer, step=2)
+    for step in range(2, 5):
+        norm = update(model, optimizer, step, masks.sample(0, step, 0))
+        torch.testing.assert_close(update(small, small_optimizer, step), norm, atol=0, rtol=1e-12)
+    for ours, gated in zip(small.parameters(), extract(model, masks).parameters()):
+        torch.testing.assert_close(ours, gated, atol=1e-13, rtol=1e-11)
+
+
+SETTLING = [*GATES, "--sparsity_warmup=8", "--noise_from=4", "--noise_to=10", "--settle_at=12", "--fade=8"]
+
+
+@pytest.fixture(scope="module")
+def settled(chain, tiny_data, tmp_path_factory):
+    """A run that settles at step 12, is cut after 20 steps, and ends after 30; and how to start it elsewhere."""
+    out, patch = tmp_path_factory.mktemp("settled") / "run", pytest.MonkeyPatch()
+    source = chain[0]["pretrain"]
+    args = [f"--data={tiny_data}", f"--init_from={source}", *TARGET, *SETTLING, *ROBUST]
+    args += [f"--reference_model={source}", "--steps=30", "--keep_checkpoints=9"]
+    assert run(patch, *args, f"--out={out}") == 0
+    patch.undo()
+    return out, args
+
+
+def test_a_run_that_settles_is_whole(settled, tiny_data):
+    out, _ = settled
+    evals = {line["step"]: line for line in metrics(out, "eval")}
+    end, small = metrics(out, "end")[0], Llama.from_pretrained(out / "model")
+    assert end["parameters"] == small.config.n_params() == evals[20]["parameters"] == evals[30]["parameters"]
+    assert all(0.02 < z < 0.98 or z in (0, 1) for z in evals[12]["gates"]["layer"])
+    for step in (20, 18):  # at the cut all gates are 0 or 1
+        assert (set(np.ravel(evals[step]["gates"]["head"])) == {0.0, 1.0}) == (step == 20)
+    assert "gates" not in evals[22] and end["loss"] == pytest.approx(evals[30]["loss"], rel=1e-6)
+    assert all("lambda" in line for line in metrics(out, "train") if line["step"] <= 12)
+    assert not any("lambda" in line for line in metrics(out, "train") if line["step"] > 15)
+    kept = json.loads((out / "model" / "pruning.json").read_text())
+    assert set(np.ravel(kept["ffn"]["gates"])) == {1.0} and len(kept["hidden"]["kept"]) == 24
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    tokens = torch.from_numpy(TokenData(tiny_data).eval_sequences("sums", "val", 64, 4))
+    with torch.no_grad():
+        assert end["loss"]["sums"] == pytest.approx(theirs(tokens, labels=tokens).loss.item(), rel=1e-5)
+
+
+def test_the_loss_is_the_same_before_and_after_the_cut(settled, tiny_data):
+    """The checkpoint at the cut is the gated model's: what is cut out of it has the loss that its gates gave."""
+    out, _ = settled
+    small = load_model(out / "checkpoints" / "step_000020")
+    losses = domain_losses(small, TokenData(tiny_data), "val", 64, 4, 4)
+    measured = {line["step"]: line["loss"] for line in metrics(out, "eval")}[20]
+    assert small.config.d_model == 24 and losses == pytest.approx(measured, rel=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [14, 20, 23])  # while it fades, at the cut, after it
+def test_it_goes_on_from_anywhere(settled, stop_at, tmp_path, monkeypatch):
+    out, args = settled
+    again = tmp_path / out.name
+    assert run(monkeypatch, *args, f"--out={again}", f"--stop_at={stop_at}") == 0
+    assert not (again / "model").exists()
+    assert run(monkeypatch, *args, f"--out={again}") == 0
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/pruning.json"):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_choice_that_is_not_learned_fades_out_too(chain, tiny_data, tmp_path, monkeypatch):
+    args = [f"--data={tiny_data}", f"--init_from={chain[0]['pretrain']}", *TARGET, "--steps=8", "--eval_interval=2"]
+    fading = [*args, "--gates=taylor", "--fade=6", f"--out={tmp_path / 'fading'}"]
+    assert run(monkeypatch, *fading) == 0
+    evals = {line["step"]: line for line in metrics(tmp_path / "fading", "eval")}
+    source = metrics(chain[0]["pretrain"], "end")[0]["loss"]
+    assert evals[0]["loss"] == pytest.approx(source, rel=1e-5)  # nothing is gone yet
+    assert sorted(evals[2]["gates"]["layer"]) == pytest.approx([2 / 3, 1, 1])
+    assert "gates" not in evals[8]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--settle_at=25", "--fade=6"], "settle_at + fade = 31 must not be above steps = 30"),
+        (["--settle_at=8"], "sparsity_warmup = 8 must be below settle_at = 8"),
+        (["--settle_at=0"], "fade = 8 needs settle_at"),
+        (["--noise_from=10"], "noise_from = 10 must be below noise_to = 10"),
+        (["--gates=random"], "settle_at = 12 is for gates = 'learned', not 'random'"),
+    ],
+)
+def test_settings_that_cannot_be(wrong, message, settled, tmp_path, monkeypatch, capsys):
+    _, args = settled
+    assert run(monkeypatch, *args, *wrong, f"--out={tmp_path / 'x'}") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+# -- choices that look at text ----------------------------------------------------------------------------------------
+
+
+def test_taylor_scores_are_what_closing_a_gate_a_little_changes():
+    """By central differences, in float64, one sequence and some gates of each kind."""
+    model, size = random_llama(SOURCE).double(), 1e-5
+    tokens = torch.randint(61, (1, 17), generator=torch.Generator().manual_seed(1))
+    scores = choices.taylor_scores(model, [tokens])
+    with torch.no_grad():
+        for i, name in enumerate(Gates._fields):
+            for place in ((0,), (3,)) if getattr(scores, name).dim() == 1 else ((0, 1), (2, 3)):
+                losses = []
+                for moved in (1 - size, 1 + size):
+                    gates = [torch.ones_like(z, dtype=torch.float64) for z in scores]
+                    gates[i][place] = moved
+                    losses.append(model(tokens[:, :-1], Gates(*gates), targets=tokens[:, 1:]).mean().item())
+                slope = abs(losses[1] - losses[0]) / (2 * size)
+                assert getattr(scores, name)[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
+
+
+def test_activation_scores_are_those_of_transformers(tmp_path):
+    """The same activations by hooks on the library's model."""
+    config = replace(SOURCE, n_kv_head=2)
+    model = random_llama(config)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(1))
+    seen = {}
+    for i, layer in enumerate(theirs.model.layers):
+        for name, module in (("head", layer.self_attn.o_proj), ("ffn", layer.mlp.down_proj)):
+            module.register_forward_pre_hook(lambda _, x, key=(name, i): seen.update({key: x[0].abs().mean((0, 1))}))
+    norms = [norm for layer in theirs.model.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    for norm in norms:
+        norm.register_forward_hook(lambda module, _, y: seen.update({module: y.abs().mean((0, 1))}))
+    with torch.no_grad():
+        states = theirs(tokens[:, :-1], output_hidden_states=True).hidden_states
+    scores = choices.activation_scores(model, [tokens])
+    torch.testing.assert_close(scores.hidden, sum(seen[norm] for norm in norms))
+    for i in range(config.n_layer):
+        torch.testing.assert_close(scores.head[i], seen["head", i].view(2, -1).mean(1))
+        torch.testing.assert_close(scores.ffn[i], seen["ffn", i])
+    influence = 1 - torch.cosine_similarity(states[0], states[1], dim=-1).mean()
+    torch.testing.assert_close(scores.layer[0], influence)
