@@ -5,13 +5,14 @@
     python prepare_data.py SlimPajama --out data/slimpajama --tokenizer Llama-2-7b-hf --workers 16 \\
         --domain_field meta.redpajama_set_name                           # a field of each jsonl line names the domain
 
-A document is a .txt file, or a line {"text": ...} of a .jsonl, .jsonl.gz or .jsonl.zst file. Of documents that are
-exactly equal, one is kept. On disk, a document is the token bos (if the tokenizer has one), the tokens of its text,
-and the token eot.
+A document is a .txt file, a line {"text": ...} of a .jsonl or .json file (which may end in .gz or .zst), or a row of
+a .parquet file. Of documents that are exactly equal, one is kept. On disk, a document is the token bos (if the
+tokenizer has one), the tokens of its text, and the token eot.
 
 A hash of a document's text decides its side: it belongs to train or to the held-out pool, never to both. The tokens of
 the pool are cut into windows, and the windows go to val and test in turn: two small sets of documents would differ a
-lot by chance.
+lot by chance. A domain of fewer than 20 .txt files, and nothing else, has too few documents for that. It is read in
+pieces of about a megabyte. Each gives its end, from the start of a line on, to the pool.
 
 Copies with small changes (licences, tables, pages that were collected twice) can stand on both sides. Then the held-out
 loss is too good. The last column of the table that is printed, `shared`, says how much of a domain's held-out text
@@ -20,19 +21,14 @@ stands word for word in train. `--drop_shared` drops held-out documents that tra
 
 import argparse
 import hashlib
-import json
 import math
-import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,13 +36,17 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from plumbing import records
 from plumbing.command_line import Parser, user_errors
-from plumbing.data import SPLITS, TokenData
-from plumbing.documents import folder_files, read_file
+from plumbing.dataset import SPLITS, TokenData, check_domains
+from plumbing.documents import read_file
+from plumbing.folder import File, folder_files
 from plumbing.installed import INSTALLED_MB, installed_files, read_installed
+from plumbing.left_out import LeftOut
 from plumbing.shared import STRETCH, SharedText, sample_stretches
 from plumbing.tokenizer import Tokenizer, load_tokenizer
-from plumbing.writer import DataWriter, Encoded
+from plumbing.workers import map_in_order
+from plumbing.writer import DataWriter, Encoded, whole_or_nothing
 
 SEEN_SLOTS = 1 << 22  # documents that are remembered to find duplicates, 8 bytes each
 MAX_SHARE = 0.05  # --drop_shared drops a held-out document if more than this share of it stands in train
@@ -81,39 +81,54 @@ class Seen:
         return before == number
 
 
-def read_all(files: list, read: Callable, full: Callable, bar: tqdm) -> Iterator[tuple[str, str]]:
-    """(domain, text) of all documents of the files, but for the domains that are `full`."""
-    for domain, path in files:
-        done, size = 0, path.stat().st_size
-        if not full(domain):
-            for name, text, position in read(domain, path):
+def read_all(files: list[File], read: Callable, wanted: Callable, bar: tqdm) -> Iterator[tuple[str, str, bool]]:
+    """(domain, text, whether it is to be cut) of all documents of the files, but for domains that are not `wanted`."""
+    for file in files:
+        done, size = 0, file.path.stat().st_size
+        if file.domain is None or wanted(file.domain):
+            for domain, text, position in read(file):
                 bar.update(position - done)
                 done = position
-                if not full(name):
-                    yield name, text
+                if wanted(domain):
+                    yield domain, text, file.cut
         bar.update(size - done)
 
 
-def select(files: list, read: Callable, seed: int, held_out: float, limit: float, bar: tqdm) -> Iterator[Document]:
-    """Every document once, until a domain has `limit` bytes.
+def select(files: list[File], read: Callable, options: dict, left_out: LeftOut, bar: tqdm) -> Iterator[Document]:
+    """Every document once, of the domains asked for, until a domain has `max_mb`.
 
     A hash of the text, keyed by the seed, says whether it was seen before and whether it is held out.
     """
     seen, taken, spoilt = Seen(), Counter(), 0
-    for domain, text in read_all(files, read, lambda domain: taken[domain] >= limit, bar):
+    limit, domains = int(options["max_mb"] * 1e6) or math.inf, options["domains"]
+    key = options["seed"].to_bytes(8, "little")
+
+    def wanted(domain: str) -> bool:
+        return taken[domain] < limit and (not domains or domain in domains)
+
+    for domain, text, to_cut in read_all(files, read, wanted, bar):
         if not text.strip():
+            left_out.add("empty documents")
             continue
         data = text.encode("utf-8", errors="replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
-        digest = hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest()
-        number = int.from_bytes(digest, "little") or 1  # uniform in 1 to 2^64 - 1
+        number = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little") or 1
         if seen.add(number):
+            left_out.add("documents that are equal to another")
             continue
         taken[domain] += len(data)
-        if "\ufffd" in text:
-            spoilt += 1
-        yield Document(domain, number < held_out * 2**64, data.decode())
+        valid = data.decode()
+        spoilt += "\ufffd" in text or valid != text
+        if to_cut:
+            end = round(len(valid) * (1 - options["held_out"]))
+            end = valid.rfind("\n", 0, end) + 1 or end  # within a line only where there is no other
+            yield Document(domain, False, valid[:end])
+            yield Document(domain, True, valid[end:])
+        else:  # the number is uniform in 1 to 2^64 - 1
+            yield Document(domain, number < options["held_out"] * 2**64, valid)
     if spoilt:
-        bar.write(f"{spoilt:,} documents hold U+FFFD, which stands for bytes that are no UTF-8")
+        bar.write(
+            f"{spoilt:,} documents hold U+FFFD, which stands for bytes that are no UTF-8, or ? for half a character"
+        )
 
 
 def without_shared(documents: Iterable[Document], bar: tqdm) -> Iterator[Document]:
@@ -192,36 +207,8 @@ def encode_all(documents: Iterable[Document], tokenizer: Tokenizer, workers: int
         for batch in batches(documents):
             yield from encode_batch(tokenizer, batch)
         return
-    context = multiprocessing.get_context("spawn")  # the same everywhere, and safe beside other libraries' threads
-    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(tokenizer.name,)) as pool:
-        try:
-            for encoded in map_in_order(pool, encode_in_worker, batches(documents), 2 * workers):
-                yield from encoded
-        except BrokenProcessPool:
-            raise ValueError("--workers: a process died, perhaps for lack of memory; use fewer") from None
-
-
-def map_in_order(pool: ProcessPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """pool.map(), but with at most `ahead` items waiting, so that memory does not grow with the data."""
-    pending = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def start_worker(spec: str):
-    """Load the tokenizer once in each process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
-    global worker_tokenizer
-    worker_tokenizer = load_tokenizer(spec)
-
-
-def encode_in_worker(batch: list[Document]) -> list[Encoded]:
-    """encode_batch() with the process' own tokenizer."""
-    return encode_batch(worker_tokenizer, batch)
+    for encoded in map_in_order(encode_batch, batches(documents), workers, load_tokenizer, tokenizer.name):
+        yield from encoded
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,14 +225,15 @@ def prepare(
     seed: int = 0,
     max_mb: float | None = None,
     domain_field: str | None = None,
+    domains: list[str] | None = None,
     drop_shared: bool = False,
 ) -> bool:
     """Make the data set `out` from `source`, which is a folder or the word "installed".
 
     `held_out` is a share of the documents, `window` is in tokens. `max_mb` is a limit for the text of each domain in
-    10^6 bytes; 0 is no limit, and None is no limit except for "installed". `drop_shared` drops held-out documents that
-    train has parts of; for "installed" it is always on. What is written does not depend on `workers`. If something
-    fails, nothing is left behind.
+    10^6 bytes; 0 is no limit, and None is no limit except for "installed". `domains` are those to take, None all.
+    `drop_shared` drops held-out documents that train has parts of; for "installed" it is always on. What is written
+    does not depend on `workers`. If something fails, nothing is left behind.
 
     Returns False if `out` is there already and was made with the same arguments. Raises ValueError and OSError.
     """
@@ -253,56 +241,67 @@ def prepare(
     if max_mb is None:
         max_mb = INSTALLED_MB if installed else 0
     check_arguments(installed, workers, held_out, window, seed, max_mb, domain_field)
-    out, encoder = Path(out), load_tokenizer(tokenizer)
+    out, encoder = Path(out).expanduser(), load_tokenizer(os.path.expanduser(tokenizer))
+    folder = Path(source).expanduser().resolve()
     options = {
-        "source": source if installed else str(Path(source).resolve()),
+        "source": source if installed else os.fsencode(folder).decode(errors="replace"),
         "tokenizer": encoder.name,
         "held_out": held_out,
         "window": window,
         "seed": seed,
         "max_mb": max_mb,
         "domain_field": domain_field,
+        "domains": domains,
         "drop_shared": drop_shared or installed,
     }
     if out.exists():
         check_same(out, options)
         return False
 
-    files, read = open_source(source, domain_field)
+    left_out = LeftOut()
+    if installed:
+        files, read = installed_files(), read_installed
+    else:
+        files = folder_files(folder, domain_field, left_out)
+        read = partial(read_file, left_out=left_out, domain_field=domain_field)
+    files = choose_domains(files, domains, source)
     random.Random(seed).shuffle(files)  # so that a limit takes a fair choice, not the first by name
-    with whole_or_nothing(out) as folder, closing(DataWriter(folder, encoder, window)) as writer:
-        write_domains(writer, files, read, options, workers)
+    with whole_or_nothing(out) as partial_out, closing(DataWriter(partial_out, encoder, window)) as writer:
+        write_domains(writer, files, read, options, left_out, workers)
+        left_out.check()
         writer.close()
-        if installed:
-            writer.leave_out_small()
-        else:
-            writer.refuse_small()
-        if len(writer.domains) < (2 if installed else 1):
-            raise ValueError(f"{source}: too few domains have enough text; lower --window or raise --max_mb")
+        writer.leave_out_small()
         writer.write_meta(options)
     return True
 
 
-def open_source(source: str, domain_field: str | None) -> tuple[list, Callable]:
-    """The files of the source, [(domain, file)], and the function that reads one."""
-    if source == "installed":
-        return installed_files(), read_installed
-    return folder_files(Path(source), domain_field), partial(read_file, domain_field=domain_field)
+def choose_domains(files: list[File], domains: list[str] | None, source: str) -> list[File]:
+    """The files of these domains, or of all. ValueError for a domain that no folder has; lines that name their domain
+    are not looked at."""
+    named = {file.domain for file in files if file.domain is not None}
+    if domains is not None:
+        check_domains(domains, named or domains, source)
+        files = [file for file in files if file.domain in (None, *domains)]
+    return files
 
 
-def write_domains(writer: DataWriter, files: list, read: Callable, options: dict, workers: int):
-    """Read, select, encode and write all documents, with a progress bar."""
-    for domain in sorted({domain for domain, _ in files if domain}):
-        writer.of(domain)  # a folder that turns out to have no text is a domain too, one that is too small
-    total = sum(path.stat().st_size for _, path in files)
+def write_domains(
+    writer: DataWriter, files: list[File], read: Callable, options: dict, left_out: LeftOut, workers: int
+):
+    """Read, select, encode and write all documents, with a progress bar. Say what was left out."""
+    for domain in sorted({file.domain for file in files if file.domain} | set(options["domains"] or [])):
+        writer.of(domain)  # a domain that turns out to have no text is one, too, and too small
+    left_out.files, total = len(files), sum(file.path.stat().st_size for file in files)
     print(f"{options['source']}: reading {len(files):,} files, {total / 1e6:,.1f} MB", flush=True)
-    limit = int(options["max_mb"] * 1e6) or math.inf
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-        documents = select(files, read, options["seed"], options["held_out"], limit, bar)
+        documents = select(files, read, options, left_out, bar)
         if options["drop_shared"]:
             documents = without_shared(documents, bar)
-        for encoded in encode_all(documents, writer.tokenizer, workers):
-            writer.add(encoded)
+        with closing(encode_all(documents, writer.tokenizer, workers)) as everything:
+            for encoded in everything:
+                writer.add(encoded)
+    for line in left_out.told():
+        print(line)
 
 
 def check_arguments(
@@ -311,9 +310,9 @@ def check_arguments(
     """ValueError for the first argument that is out of range."""
     for name, value, is_fine, need in (
         ("held_out", held_out, 0 < held_out < 1, "between 0 and 1"),
-        ("window", window, window >= 2, "2 or more"),
+        ("window", window, 2 <= window <= records.MAX_WINDOW, f"2 to {records.MAX_WINDOW:,}"),
         ("workers", workers, workers >= 1, "1 or more"),
-        ("seed", seed, 0 <= seed < 2**63, "0 or more"),
+        ("seed", seed, 0 <= seed <= records.MAX_INT, "0 or more"),
         ("max_mb", max_mb, 0 <= max_mb < math.inf, "0 (no limit) or more"),
         ("domain_field", domain_field, not (installed and domain_field), "for a folder of jsonl files, not installed"),
     ):
@@ -324,32 +323,13 @@ def check_arguments(
 def check_same(out: Path, options: dict):
     """ValueError unless `out` is a data set made with `options`."""
     try:
-        there = json.loads((out / "meta.json").read_text(encoding="utf-8"))["options"]
-        there = {"drop_shared": False} | there  # data sets made before this was an option do not have it
-    except (OSError, ValueError, KeyError, TypeError):
+        there = records.read(out / "meta.json", records.Meta, "a data set's")["options"]
+    except (OSError, ValueError, KeyError):
         raise ValueError(f"{out}: exists and is no data set; choose another --out") from None
+    there = {"drop_shared": False, "domains": None} | there  # data sets made before these were options have neither
     other = [f"{key} {there.get(key)}, not {value}" for key, value in options.items() if there.get(key) != value]
     if other:
         raise ValueError(f"{out}: exists, made with {'; '.join(other)}; delete it or choose another --out")
-
-
-@contextmanager
-def whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, to write in. At the end it becomes `out`; after an error, Ctrl-C or SIGTERM it is
-    removed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.partial"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise ValueError(
-            f"{folder}: of another process that makes {out}, or of one that was killed; then remove it"
-        ) from None
-    try:
-        yield folder
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,10 +377,16 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="A folder of text, or the word installed.")
-    parser.add_argument("--out", required=True, metavar="data/NAME", help="The folder of the data set to make.")
+    parser.add_argument("--out", metavar="data/NAME", help="The folder of the data set to make.")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="SOURCE is a data set: read its files, and hold each against its checksum. Nothing is written.",
+    )
 
     add = parser.add_argument_group("text").add_argument
-    add("--domain_field", metavar="A.B", help="Each jsonl line names its domain in this field; folders do not count.")
+    add("--domain_field", metavar="A.B", help="Each line names its domain in this field; folders do not count.")
+    add("--domains", nargs="+", metavar="NAME", help="Take these domains only (default: all).")
     add(
         "--max_mb",
         type=float,
@@ -463,19 +449,27 @@ def make_parser() -> Parser:
 
 
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that what is half written is removed
     with user_errors():
-        args = make_parser().parse_args()
+        args = vars(make_parser().parse_args())
+        if args.pop("verify"):
+            TokenData(args["source"]).verify()
+            print(f"{args['source']}: every file is as it was written")
+            return
+        if args["out"] is None:
+            raise ValueError("--out is missing: the folder of the data set to make")
         try:
-            made = prepare(**vars(args))
+            made = prepare(**args)
         except KeyboardInterrupt:
             print("\nprepare_data.py: interrupted; nothing was written", file=sys.stderr)
             sys.exit(130)
-        data = TokenData(args.out)
+        data = TokenData(args["out"])
         print(table(data))
         for line in warnings_about(data.meta.get("shared", {})):
             print(line)
-        print(args.out if made else f"{args.out}: already prepared")
+        print(args["out"] if made else f"{args['out']}: already prepared")
 
 
 if __name__ == "__main__":

@@ -1,126 +1,183 @@
-"""Files -> documents: what prepare_data.py reads of a user's folder.
+"""A file -> its documents, as prepare_data.py reads a user's text.
 
-A document is a .txt file, or the "text" of one line of a .jsonl, .jsonl.gz or .jsonl.zst file. The readers yield
-(domain, text, bytes of the file that have been read so far); the last is for the progress bar.
+    .txt                  the file is one document
+    .jsonl, .json         a document in each line, {"text": "..."}; a .json may also be one list of such objects
+    .gz, .zst after that  the same, packed
+    .parquet              a table with a column "text", by pyarrow
+
+The reader yields (domain, text, bytes of the file that have been read so far); the last is for the progress bar. A line
+that holds no document is left out, and so is the rest of a file that cannot be read.
 """
 
 import codecs
 import gzip
 import io
 import json
-import re
+import os
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")  # endings of files with a document in each line
+from plumbing.dataset import wrong_name
+from plumbing.folder import File
+from plumbing.left_out import LeftOut, TooMuchLeftOut
+
+PIECE = 1 << 20  # characters of a long .txt file that are read at a time, where it is cut
+MAX_LINE = 1 << 27  # bytes of a line, or of a .json file that is one list: it is held in memory
+NO_LINES = (".json", ".json.gz", ".json.zst")  # a file with such a name may be one list
+POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that git-LFS puts in place of a large one
+Text = tuple[str, str, int]
+Record = tuple[int, bytes | dict | None, int]  # number in the file, content (None: a line too long), bytes read so far
 
 
-def folder_files(folder: Path, domain_field: str | None) -> list[tuple[str | None, Path]]:
-    """The files of a user's folder, sorted: [(domain, file)].
-
-    A sub-folder is a domain. With `domain_field` there are no sub-folders: each line names its domain itself, and the
-    domain of the file is None. Raises ValueError if there is nothing to read.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; SOURCE is a folder of text, or the word installed")
-    if domain_field:
-        files = [(None, path) for path in text_files(folder, LINES)]
-        layout = ""
-    else:
-        files = [(top.name, path) for top in sub_folders(folder) for path in text_files(top, (*LINES, ".txt"))]
-        layout = " in sub-folders, one per domain (does each line name it? Give --domain_field)"
-        beside = [p for p in folder.iterdir() if p.name.lower().endswith((*LINES, ".txt"))]
-        if beside:
-            print(f"{folder}: left out {len(beside)} files that are in no sub-folder, as {beside[0].name}")
-    if not files:
-        endings = LINES if domain_field else (*LINES, ".txt")
-        raise ValueError(f"{folder}: no {', '.join(endings)} files{layout}")
-    return files
-
-
-def sub_folders(folder: Path) -> list[Path]:
-    """The folders in `folder`, sorted, without the hidden ones."""
-    return sorted(p for p in folder.glob("[!.]*") if p.is_dir())
-
-
-def text_files(top: Path, endings: tuple[str, ...]) -> list[Path]:
-    """The files below `top` that have one of these endings, sorted. Says so if there are none."""
-    found = sorted(p for p in top.rglob("*") if p.name.lower().endswith(endings) and p.is_file())
-    if not found:
-        print(f"{top}: left out, it holds no {', '.join(endings)} file")
-    return found
-
-
-def read_file(domain: str | None, path: Path, domain_field: str | None = None) -> Iterator[tuple[str, str, int]]:
-    """The documents of one file. A .jsonl file is read line by line and never held whole.
-
-    Raises ValueError with the file and the line of whatever is wrong.
-    """
-    with open(path, "rb") as raw:
-        if path.suffix.lower() == ".txt":
-            yield domain, decode(raw.read(), path), raw.tell()
-            return
-        stream, broken = decompress(raw, path)
-        number = 0
-        try:
-            for line in io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace"):
-                number += 1
-                if line.strip():
-                    record = parse_line(line)
-                    name = find_domain(record, domain_field) if domain_field else domain
-                    yield name, record["text"], raw.tell()
-        except broken as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-
-
-def decode(data: bytes, path: Path) -> str:
-    """The text of a .txt file. Bytes that are no UTF-8 become U+FFFD."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path}: this is UTF-16; convert it to UTF-8")
-    return data.decode("utf-8-sig", errors="replace")
-
-
-def parse_line(line: str) -> dict:
-    """The object in a line of a .jsonl file, which has a "text"."""
+def read_file(file: File, left_out: LeftOut, domain_field: str | None = None) -> Iterator[Text]:
+    """The documents of one file. ValueError if more is left out, by now, than may be."""
+    place, kind = str(file.path), file.path.suffix.lower()
     try:
-        record = json.loads(line)
+        with open(file.path, "rb") as raw:
+            check_head(raw)
+            if kind == ".txt":
+                for text in pieces(raw) if file.cut else [raw.read().decode("utf-8-sig", errors="replace")]:
+                    yield file.domain, text, raw.tell()
+                return
+            records = read_parquet(raw, domain_field) if kind == ".parquet" else read_json(raw, file.path, left_out)
+            for number, content, position in records:
+                place = f"{file.path}:{number}"
+                try:
+                    found = document(content, file.domain, domain_field)
+                except ValueError as error:
+                    left_out.bad_line(f"{place}: {error}")
+                    continue
+                left_out.lines += 1
+                yield *found, position
+    except TooMuchLeftOut:
+        raise
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        left_out.bad_file(f"{place}: {getattr(error, 'strerror', None) or error}")
+
+
+def check_head(stream: BinaryIO):
+    """ValueError for what a file of text cannot begin with."""
+    head = stream.peek(len(POINTER))
+    if head.startswith(POINTER):
+        raise ValueError("a git-LFS pointer stands in place of the file; `git lfs pull` fetches it")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("this is UTF-16; convert it to UTF-8")
+
+
+def pieces(raw: BinaryIO) -> Iterator[str]:
+    """The text of a file in pieces of about PIECE characters, which end where a line ends."""
+    text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace", newline="")
+    while piece := text.read(PIECE):
+        yield piece + text.readline(PIECE)
+
+
+def document(content: bytes | dict | None, domain: str | None, domain_field: str | None) -> tuple[str, str]:
+    """(domain, text) of a line or a row. ValueError where it holds no document."""
+    if content is None:
+        raise ValueError(f"longer than {MAX_LINE / 1e6:.0f} MB")
+    record = parse(content) if isinstance(content, bytes) else content
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError('no document, which is an object with a "text", as {"text": "..."}')
+    return find_domain(record, domain_field) if domain_field else domain, record["text"]
+
+
+def parse(line: bytes) -> object:
+    """The value of a JSON text. Bytes that are no UTF-8 become U+FFFD. ValueError for what is no JSON."""
+    try:
+        return json.loads(line.decode("utf-8", errors="replace"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError('a line must be an object with the document in "text", as {"text": "..."}')
-    return record
+    except ValueError:
+        raise ValueError("a number of too many digits") from None
 
 
 def find_domain(record: dict, domain_field: str) -> str:
-    """The domain that a line names in the field "a.b", as a file name: domains that differ only in other characters
-    become one."""
+    """The domain that a line names in the field "a.b"; ValueError if it names none."""
     value = record
     for key in domain_field.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    name = re.sub(r"[^\w.-]+", "_", str(value), flags=re.ASCII).strip("._")
-    if value is None or isinstance(value, dict | list) or not name:
-        raise ValueError(f"no domain in the field {domain_field} (--domain_field); the line has {', '.join(record)}")
-    return name
+    if not isinstance(value, str | int):
+        raise ValueError(f"no domain in the field {domain_field} (--domain_field); it has {', '.join(record)}")
+    if why := wrong_name(str(value)):
+        raise ValueError(f"the field {domain_field} (--domain_field) names no domain, {why}")
+    return str(value)
 
 
-def decompress(raw: BinaryIO, path: Path) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
-    """The stream of a .jsonl file's bytes, and the exceptions that reading it raises where the file is broken."""
-    broken = (ValueError, EOFError, zlib.error, gzip.BadGzipFile)
+def read_json(raw: BinaryIO, path: Path, left_out: LeftOut) -> Iterator[Record]:
+    """The lines of a file, or the items of the list that a .json file may be."""
+    stream = unpack(raw, path)
+    check_head(stream)
+    head = stream.readline(MAX_LINE).removeprefix(codecs.BOM_UTF8)
+    if path.name.lower().endswith(NO_LINES) and not isinstance(value_of(head), dict):
+        head += stream.read(MAX_LINE)
+        value = value_of(head)
+        if isinstance(value, dict) and "text" not in value:
+            left_out.add(".json files of one object without a text", path)
+            return
+        if isinstance(value, list | dict):
+            items = value if isinstance(value, list) else [value]
+            yield from ((number, item or {}, raw.tell()) for number, item in enumerate(items, 1))
+            return
+        if head.lstrip().startswith(b"["):
+            raise ValueError(
+                f"a list that is damaged or longer than {MAX_LINE / 1e6:.0f} MB; give each document a line"
+            )
+        head += stream.readline(MAX_LINE)
+    for number, line in enumerate(chain(lines(io.BytesIO(head)), lines(stream)), 1):
+        if line is None or line.strip():
+            yield number, line, raw.tell()
+
+
+def value_of(text: bytes) -> object:
+    """The value of a JSON text; None for what is no JSON."""
+    try:
+        return parse(text)
+    except ValueError:
+        return None
+
+
+def lines(stream: BinaryIO) -> Iterator[bytes | None]:
+    """The lines that are left of a stream; None for one of more than MAX_LINE bytes."""
+    while line := stream.readline(MAX_LINE):
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            line = None
+            while (rest := stream.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                pass
+        yield line
+
+
+def read_parquet(raw: BinaryIO, domain_field: str | None) -> Iterator[Record]:
+    """The rows of a table."""
+    import pyarrow
+    import pyarrow.parquet
+
+    size, names = os.fstat(raw.fileno()).st_size, ["text"] + ([domain_field.split(".")[0]] if domain_field else [])
+    try:
+        table = pyarrow.parquet.ParquetFile(raw)
+        if "text" not in table.schema_arrow.names:
+            raise ValueError(f"no column text; there are {', '.join(table.schema_arrow.names)}")
+        number = 0
+        for batch in table.iter_batches(1000, columns=names, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row, size * number // table.metadata.num_rows
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None
+
+
+def unpack(raw: BinaryIO, path: Path) -> BinaryIO:
+    """The stream of what a packed file holds; of another, the file itself."""
     match path.suffix.lower():
         case ".gz":
-            return gzip.GzipFile(fileobj=raw), broken
+            return gzip.GzipFile(fileobj=raw)
         case ".zst":
-            try:
-                import zstandard
-            except ImportError:
-                raise ValueError(f"{path}: to read .zst files, `pip install zstandard`") from None
-            stream = io.BufferedReader(ZstdFrames(raw, zstandard.ZstdDecompressor()))
-            return stream, (*broken, zstandard.ZstdError)
-    return raw, broken
+            return io.BufferedReader(ZstdFrames(raw))
+    return raw
 
 
 class ZstdFrames(io.RawIOBase):
@@ -129,9 +186,12 @@ class ZstdFrames(io.RawIOBase):
     Raises EOFError where the file ends within a frame. zstandard's own reader takes that for the end of the text.
     """
 
-    def __init__(self, raw, decompressor):
-        self.raw, self.decompressor = raw, decompressor
-        self.frame, self.ready = decompressor.decompressobj(), memoryview(b"")
+    def __init__(self, raw):
+        import zstandard
+
+        self.raw, self.error = raw, zstandard.ZstdError
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of `zstd --long=31`
+        self.frame, self.ready = self.decompressor.decompressobj(), memoryview(b"")
 
     def readable(self) -> bool:
         """Always."""
@@ -148,7 +208,10 @@ class ZstdFrames(io.RawIOBase):
                 raise EOFError("the file is cut short")
             if whole:
                 self.frame = self.decompressor.decompressobj()
-            self.ready = memoryview(self.frame.decompress(data))
+            try:
+                self.ready = memoryview(self.frame.decompress(data))
+            except self.error as error:
+                raise ValueError(str(error)) from None
         n = min(len(buffer), len(self.ready))
         buffer[:n], self.ready = self.ready[:n], self.ready[n:]
         return n

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from plumbing.folder import File
+
 INSTALLED_MB = 4  # of each domain: enough for minutes on a laptop
 GENERATED = 200_000  # bytes from which a source file is nearly always generated
 SHORT = 300  # characters that a text needs to be a document, where it is a part of a file
@@ -29,8 +31,8 @@ TESTS = {"test", "tests", "idle_test", "testing"}
 NOT_LIBRARY = TESTS | {"site-packages", "dist-packages", "encodings", "pydoc_data"}
 
 
-def installed_files() -> list[tuple[str, Path]]:
-    """[(domain, file)], sorted. A package that is missing only makes its domain smaller."""
+def installed_files() -> list[File]:
+    """The files, sorted. A package that is missing only makes its domain smaller."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     found = {
         "comments": sources("*.py", "numpy", "scipy", "torch", "matplotlib", "sympy", "networkx"),
@@ -41,7 +43,7 @@ def installed_files() -> list[tuple[str, Path]]:
         "python": library(stdlib, "*.py"),
         "stubs": sources("*.pyi", "numpy", "torch", "matplotlib", "scipy", "tokenizers"),
     }
-    return sorted({(domain, path) for domain, paths in found.items() for path in paths if path.is_file()})
+    return sorted({File(domain, path) for domain, paths in found.items() for path in paths if path.is_file()})
 
 
 def package(name: str) -> Path:
@@ -72,8 +74,9 @@ def is_written_by_hand(path: Path) -> bool:
     return path.is_file() and path.stat().st_size < GENERATED
 
 
-def read_installed(domain: str, path: Path) -> Iterator[tuple[str, str, int]]:
+def read_installed(file: File) -> Iterator[tuple[str, str, int]]:
     """The documents of a file, as plumbing/documents.py yields them: its text, or the parts of it that are prose."""
+    domain, path, _ = file
     text = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
     if domain == "comments":
         documents = [comments(text)]

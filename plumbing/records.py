@@ -24,8 +24,9 @@ from typing_extensions import NotRequired, TypedDict
 
 T = TypeVar("T")
 
-Natural = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-Positive = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+MAX_INT, MAX_WINDOW = 2**62, 2**31
+Natural = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Above0 = Annotated[float, msgspec.Meta(gt=0)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
@@ -53,9 +54,9 @@ def parse(text: bytes, kind: type[T], complaint: str) -> T:
 class SplitCounts(TypedDict):
     """What a token file holds."""
 
-    tokens: Natural
+    tokens: Positive
     documents: Natural
-    bytes: Natural
+    bytes: Positive
 
 
 class DomainCounts(TypedDict):
@@ -66,21 +67,37 @@ class DomainCounts(TypedDict):
     test: SplitCounts
 
 
+class FileFacts(TypedDict):
+    """The largest id in a token file, and its CRC-32 as zlib computes it."""
+
+    max_id: Natural
+    crc32: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{8}$")]
+
+
+class DomainFiles(TypedDict):
+    """The token files of a domain."""
+
+    train: FileFacts
+    val: FileFacts
+    test: FileFacts
+
+
 class Meta(TypedDict):
-    """meta.json."""
+    """meta.json. A file that was written before a key was added does not have it."""
 
     format: int
     tokenizer: Text
     tokenizer_fingerprint: Text
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=2**32)]
-    bos: NotRequired[Natural | None]  # files without it were prepared before documents could begin with a token
+    bos: NotRequired[Natural | None]
     eot: Natural
     dtype: Literal["uint16", "uint32"]
-    window: Annotated[int, msgspec.Meta(ge=2, le=2**31)]
-    seed: Natural
-    options: dict[str, Any]
-    shared: NotRequired[dict[str, Share]]
-    domains: dict[Text, DomainCounts]
+    window: Annotated[int, msgspec.Meta(ge=2, le=MAX_WINDOW)]
+    seed: NotRequired[Natural]
+    options: NotRequired[dict[str, Any]]
+    shared: NotRequired[dict[str, Share | None]]
+    domains: Annotated[dict[Text, DomainCounts], msgspec.Meta(min_length=1)]
+    files: NotRequired[dict[Text, DomainFiles]]
 
 
 class QuestionLine(TypedDict):

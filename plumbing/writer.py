@@ -1,17 +1,58 @@
 """Tokens -> disk: the files of a data set as prepare_data.py writes them, and plumbing/data.py reads them."""
 
+import fcntl
 import json
+import os
 import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from plumbing.data import DTYPES, FORMAT, SPLITS
+from plumbing.dataset import DTYPES, FORMAT, SPLITS, folder_of
 from plumbing.shared import SharedText
 from plumbing.tokenizer import Tokenizer, fingerprint
 
 MAX_DOMAINS = 256
+
+
+@contextmanager
+def whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, to write in. At the end it becomes `out`; after an error, Ctrl-C or SIGTERM it is
+    removed. What a process that was killed has left is removed by the next. ValueError while another is at work."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder, lock = (out.parent / f".{out.name}.{ending}" for ending in ("partial", "lock"))
+    with locked(lock, f"{out}: another process is making it"):
+        try:
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir()
+            yield folder
+            folder.rename(out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, complaint: str) -> Iterator[None]:
+    """Hold the lock of a file, which is made and, at the end, removed. It ends with the process, however that ends.
+    ValueError with the complaint where another process holds it."""
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(complaint) from None
+        except OSError:
+            pass  # a file system without locks
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise ValueError(complaint)  # it has just ended
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class Encoded(NamedTuple):
@@ -36,6 +77,7 @@ class DomainWriter:
         self.folder, self.dtype, self.window, self.eot = folder, DTYPES[dtype], window, eot
         self.files = {split: open(folder / f"{split}.bin", "wb") for split in SPLITS}
         self.counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+        self.largest, self.checksums = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
         self.windows = 0  # that the held-out pool has given so far
         self.rest_ids = self.rest_sizes = np.empty(0, np.uint32)  # the pool's last tokens, which fill no window yet
 
@@ -58,23 +100,24 @@ class DomainWriter:
 
     def write(self, split: str, ids: np.ndarray, sizes: np.ndarray):
         """Append tokens to a split; `sizes` sum to the bytes of text that they stand for."""
-        self.files[split].write(ids.astype(self.dtype).tobytes())
-        counts = self.counts[split]
+        data, counts = ids.astype(self.dtype).tobytes(), self.counts[split]
+        self.files[split].write(data)
+        self.checksums[split] = zlib.crc32(data, self.checksums[split])
+        self.largest[split] = max(self.largest[split], int(ids.max()))
         counts["tokens"] += len(ids)
         counts["documents"] += int((ids == self.eot).sum())  # those that end here
         counts["bytes"] += int(sizes.sum())
 
-    def close(self):
-        """Close the files. A last window that is not full is dropped."""
-        for file in self.files.values():
-            file.close()
+    def facts(self) -> dict[str, dict]:
+        """What meta.json says of each file, beside the counts."""
+        return {s: {"max_id": self.largest[s], "crc32": f"{self.checksums[s]:08x}"} for s in SPLITS}
 
     def too_small(self) -> str:
-        """What the domain lacks to be usable; empty if nothing."""
-        tokens = self.counts["train"]["tokens"]
-        if self.windows < 2 or tokens < self.window:
-            return f"{tokens:,} train tokens and {self.windows} held-out windows, {self.window:,} and 2 are needed"
-        return ""
+        """What the domain lacks to be usable; empty if nothing. A last window that is not full is dropped."""
+        tokens = [self.counts[split]["tokens"] for split in SPLITS]
+        if min(tokens) > self.window:  # a sequence of one window needs the token after it, too
+            return ""
+        return "{:,} train, {:,} val and {:,} test tokens; of each, {:,} are needed".format(*tokens, self.window + 1)
 
 
 class DataWriter:
@@ -96,27 +139,30 @@ class DataWriter:
         if domain not in self.domains:
             if len(self.domains) == MAX_DOMAINS:
                 raise ValueError(f"more than {MAX_DOMAINS} domains, the last is {domain}; is --domain_field right?")
-            self.domains[domain] = DomainWriter(self.folder / domain, self.dtype, self.window, self.tokenizer.eot)
+            folder = self.folder / folder_of(domain)
+            if folder.exists():
+                raise ValueError(f"domain {domain}: on this file system, another domain has the folder {folder.name}")
+            self.domains[domain] = DomainWriter(folder, self.dtype, self.window, self.tokenizer.eot)
         return self.domains[domain]
 
     def close(self):
-        """Close the files of all domains."""
-        for writer in self.domains.values():
-            writer.close()
+        """Close the files of all domains, also where that fails for some."""
+        with ExitStack() as stack:
+            for writer in self.domains.values():
+                for file in writer.files.values():
+                    stack.callback(file.close)
 
     def leave_out_small(self):
-        """Remove the domains that are too small to be used, and say so."""
-        for domain, writer in sorted(self.domains.items()):
-            if writer.too_small():
-                print(f"{domain}: left out, it has {writer.too_small()}")
-                shutil.rmtree(writer.folder)
-                del self.domains[domain]
-
-    def refuse_small(self):
-        """ValueError if a domain is too small to be used."""
-        for domain, writer in sorted(self.domains.items()):
-            if writer.too_small():
-                raise ValueError(f"domain {domain}: it has {writer.too_small()}; raise --held_out or lower --window")
+        """Remove the domains that are too small to be used, and say so. ValueError if no other is left."""
+        advice = "give more text or more documents, raise --held_out or lower --window"
+        lacks = {domain: writer.too_small() for domain, writer in sorted(self.domains.items())}
+        lines = [f"domain {domain}: left out, it has {lack}" for domain, lack in lacks.items() if lack]
+        if len(lines) == len(lacks):
+            raise ValueError(f"no domain has enough text ({advice}): {'; '.join(lines) or 'there are no documents'}")
+        for domain in [domain for domain, lack in lacks.items() if lack]:
+            shutil.rmtree(self.domains.pop(domain).folder)
+        if lines:
+            print("\n".join(lines), advice, sep="\n")
 
     def write_meta(self, options: dict):
         """Write meta.json, which says what the files hold and how they were made."""
@@ -133,5 +179,6 @@ class DataWriter:
             "options": options,
             "shared": {domain: share for domain, share in self.shared.shares().items() if domain in self.domains},
             "domains": {domain: writer.counts for domain, writer in sorted(self.domains.items())},
+            "files": {domain: writer.facts() for domain, writer in sorted(self.domains.items())},
         }
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
