@@ -126,9 +126,7 @@ def select(files: list[File], read: Callable, options: dict, left_out: LeftOut, 
         else:  # the number is uniform in 1 to 2^64 - 1
             yield Document(domain, number < options["held_out"] * 2**64, valid)
     if spoilt:
-        bar.write(
-            f"{spoilt:,} documents hold U+FFFD, which stands for bytes that are no UTF-8, or ? for half a character"
-        )
+        bar.write(f"{spoilt:,} documents hold U+FFFD for bytes that are no UTF-8, or ? for half a character")
 
 
 def without_shared(documents: Iterable[Document], bar: tqdm) -> Iterator[Document]:

@@ -3,11 +3,15 @@
 settings      the settings of a run: what they are, what they may be
 command_line  config files and options to values; how a mistake ends
 randomness    the random streams: what each is for, what it is keyed by
-data          a prepared data set; batches by domain weight
-documents     the files of a user's folder, read as documents
+dataset       a prepared data set, opened and checked
+data          batches by domain weight
+folder        which files of a user's folder hold text
+documents     a file, read as documents
+left_out      what of a user's text is not used, counted
 installed     text that every machine with the requirements has
 shared        how much of the held-out text stands in train
-writer        the token files of a data set
+writer        the token files of a data set, written whole or not at all
+workers       several processes that tokenize
 tokenizer     text to token ids and back
 huggingface   a model in Hugging Face's format: config.json and safetensors
 models        what a path given as a model holds, what stands beside the weights

@@ -83,7 +83,7 @@ class TokenData:
                 f"{self.path}: no data set there (no meta.json); first run "
                 f"`python prepare_data.py installed --out {self.path}`, or with a folder of text for installed"
             )
-        self.meta = records.read(file, records.Meta, "a data set's meta.json")
+        self.meta = records.read(file, records.Meta, "a data set's description")
         self.tokenizer, self.vocab_size, self.eot = (self.meta[k] for k in ("tokenizer", "vocab_size", "eot"))
         self.fingerprint = self.meta["tokenizer_fingerprint"]
         self._check_meta(file)
@@ -107,9 +107,7 @@ class TokenData:
                 raise ValueError(f"{file}: {domain!r} cannot be a domain's name, {why}")
             for split, facts in meta.get("files", {}).get(domain, {}).items():
                 if facts["max_id"] >= size:
-                    raise ValueError(
-                        f"{file}: {split} of {domain} has token {facts['max_id']}, of a vocabulary of {size}"
-                    )
+                    raise ValueError(f"{file}: {split} of {domain} has the id {facts['max_id']}, the vocabulary {size}")
 
     def _find_bos(self) -> int | None:
         """The token before each document; ValueError where it is missing though the tokenizer has one."""
@@ -185,7 +183,7 @@ class TokenData:
         return {d: loss / math.log(2) / self.bytes_per_token(d, split) for d, loss in losses.items()}
 
     def read(self, domain: str, split: str, seq_len: int, indices: np.ndarray) -> np.ndarray:
-        """The sequences with these numbers, int64 (len(indices), T+1). DamagedData if an id is not in the vocabulary."""
+        """The sequences with these numbers, int64 (len(indices), T+1). DamagedData where an id is none."""
         tokens, rows = self._tokens[domain, split], np.empty((len(indices), seq_len + 1), np.int64)
         for row, i in zip(rows, indices, strict=True):
             row[:] = tokens[int(i) * seq_len : int(i) * seq_len + seq_len + 1]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -69,6 +70,42 @@ def tiny_data(tiny_corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "tiny"
     prepare(str(tiny_corpus), out, window=128, held_out=0.1)
     return out
+
+
+@pytest.fixture(scope="session")
+def bpe_file(tmp_path_factory) -> Path:
+    """A byte-level BPE of the tokenizers library, like GPT-2's; its eot is named by a tokenizer_config.json."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("bpe")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|pad|>", "<|endoftext|>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["one cat likes the moon, ten cats like fish. 日本語 👩"] * 20, trainer)
+    bpe.enable_truncation(8)  # a file may carry this: it must not cut documents
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def bos_file(bpe_file, tmp_path_factory) -> Path:
+    """The same with a post-processor as Llama 3's, which puts a token before each text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer.from_file(str(bpe_file))
+    bpe.add_special_tokens(["<s>"])
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    path = tmp_path_factory.mktemp("bos") / "tokenizer.json"
+    bpe.save(str(path))
+    shutil.copy(bpe_file.parent / "tokenizer_config.json", path.parent)
+    return path
 
 
 @pytest.fixture(scope="session")
