@@ -33,6 +33,7 @@ from plumbing import parallel
 from plumbing.command_line import Parser, user_errors
 from plumbing.continuation import answer, encode, make_or_read, start_of_text, write_all
 from plumbing.data import TokenData
+from plumbing.dataset import DamagedData
 from plumbing.models import check_tokenizer, load_model
 from plumbing.tables import answer_table, loss_table, time_left
 from plumbing.tokenizer import Tokenizer, load_tokenizer
@@ -185,7 +186,8 @@ def main():
         what = args.split, args.seq_len, args.sequences
         report |= {"seq_len": args.seq_len, "sequences": coverage(data, *what)}
         print_coverage(report)
-        report["models"] = evaluate(models, data, *what, args.batch_size, precision)
+        with user_errors(DamagedData):
+            report["models"] = evaluate(models, data, *what, args.batch_size, precision)
         print(loss_table(report["models"]))
     if args.json:
         with user_errors():

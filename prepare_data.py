@@ -44,6 +44,7 @@ from plumbing.folder import File, folder_files
 from plumbing.installed import INSTALLED_MB, installed_files, read_installed
 from plumbing.left_out import LeftOut
 from plumbing.shared import STRETCH, SharedText, sample_stretches
+from plumbing.tables import columns, padded
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 from plumbing.workers import map_in_order
 from plumbing.writer import DataWriter, Encoded, whole_or_nothing
@@ -239,8 +240,8 @@ def prepare(
     if max_mb is None:
         max_mb = INSTALLED_MB if installed else 0
     check_arguments(installed, workers, held_out, window, seed, max_mb, domain_field)
-    out, encoder = Path(out).expanduser(), load_tokenizer(os.path.expanduser(tokenizer))
-    folder = Path(source).expanduser().resolve()
+    out, encoder = Path(out), load_tokenizer(tokenizer)
+    folder = Path(source).resolve()
     options = {
         "source": source if installed else os.fsencode(folder).decode(errors="replace"),
         "tokenizer": encoder.name,
@@ -336,16 +337,16 @@ def check_same(out: Path, options: dict):
 
 def table(data: TokenData) -> str:
     """One line per domain: documents, tokens of each split, text, and the share of val and test that is in train."""
-    lines = [
-        f"{'domain':<20}{'documents':>11}{'train':>15}{'val':>13}{'test':>13}{'MB':>11}{'bytes/token':>13}{'shared':>9}"
-    ]
+    width = max(20, *(columns(domain) + 2 for domain in data.domains))
+    titles = f"{'documents':>11}{'train':>15}{'val':>13}{'test':>13}{'MB':>11}{'bytes/token':>13}{'shared':>9}"
+    lines = [padded("domain", width) + titles]
     shares = data.meta.get("shared", {})
     for domain in data.domains:
         counts = data.meta["domains"][domain]
         tokens = [counts[split]["tokens"] for split in SPLITS]
         documents, size = (sum(counts[split][key] for split in SPLITS) for key in ("documents", "bytes"))
         lines.append(
-            f"{domain:<20}{documents:>11,}{tokens[0]:>15,}{tokens[1]:>13,}{tokens[2]:>13,}"
+            f"{padded(domain, width)}{documents:>11,}{tokens[0]:>15,}{tokens[1]:>13,}{tokens[2]:>13,}"
             f"{size / 1e6:>11,.2f}{data.bytes_per_token(domain, 'train'):>13.2f}{percent(shares.get(domain)):>9}"
         )
     return "\n".join(lines)

@@ -35,6 +35,7 @@ from plumbing import choices, cost, parallel
 from plumbing import cut as cutting
 from plumbing.command_line import load, user_errors
 from plumbing.data import BatchReader, TokenData
+from plumbing.dataset import DamagedData
 from plumbing.log import Log, Meter, give_up, say
 from plumbing.models import (
     PRUNING,
@@ -428,6 +429,9 @@ def main():
         newest = newest_checkpoint(run.path)
         where = f"the same command goes on from {newest}" if newest else "there is no checkpoint yet"
         sys.exit(f"train.py: could not write to {run.path}: {error}; {where}")
+    except DamagedData as error:  # only the process that has read it can say so
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
     trainer.engine.close()
 
 

@@ -15,6 +15,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import io
 import math
 import operator
 import os
@@ -39,15 +40,19 @@ OPERATORS = {
 
 
 @contextmanager
-def user_errors():
-    """Turn a ValueError or OSError raised inside into one line on stderr and exit status 2, without a traceback.
+def user_errors(*kinds: type[Exception]):
+    """Turn an error raised inside into one line on stderr and exit status 2, without a traceback: an error of these
+    kinds, by default a ValueError or OSError.
 
     Wrap the part of a command that reads what the user gave; leave the part where such an error would be our own
-    mistake outside, so that it keeps its traceback.
+    mistake outside, so that it keeps its traceback. A terminal that cannot show a character gets its number.
     """
+    kinds = kinds or (ValueError, OSError)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         if isinstance(error, OSError) and error.filename is not None:
             error = f"{error.filename}: {error.strerror}"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts many processes: one on each machine says it
@@ -64,6 +69,13 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(match[1], self._option_string_actions, n=1)
             message += f", did you mean {near[0]}?" if near else "; --help lists the options"
         raise ValueError(message)
+
+    def parse_known_args(self, args: list[str] | None = None, namespace=None):
+        """argparse's, with the home folder for ~ in --out=~/x; in --out ~/x the shell has put it already."""
+        args = sys.argv[1:] if args is None else args
+        home = re.compile(r"(--\w+=)(~/.*)", re.DOTALL)
+        args = [match[1] + os.path.expanduser(match[2]) if (match := home.fullmatch(arg)) else arg for arg in args]
+        return super().parse_known_args(args, namespace)
 
 
 def literal(node: ast.AST) -> Any:
@@ -138,13 +150,16 @@ def out_of_limits(settings: Any) -> list[str]:
 
 
 def coerce(value: Any, kind: type) -> Any:
-    """`value` as `kind`, with int -> float the only conversion; ValueError says what was expected."""
+    """`value` as `kind`, with int -> float and ~/ -> the home folder the only conversions; ValueError says what was
+    expected."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{value!r} is not one of {', '.join(map(repr, get_args(kind)))}")
         return value
     if kind is float and type(value) is int:
         return float(value)
+    if kind is str and type(value) is str and value.startswith("~/"):
+        return os.path.expanduser(value)
     if type(value) is not kind:
         raise ValueError(f"{value!r} is {_named(type(value))}, {_named(kind)} is needed")
     return value

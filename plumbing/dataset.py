@@ -18,6 +18,7 @@ import math
 import re
 import zlib
 from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def folder_of(domain: str) -> str:
     return re.sub(r"[%/\0]|\A\.", lambda match: f"%{ord(match[0]):02X}", domain)
 
 
+@lru_cache  # each line of a text may name its domain
 def wrong_name(domain: str) -> str:
     """Why a text cannot be the name of a domain; empty if it can. It stands in tables, so it is one line."""
     if not domain.strip():
@@ -76,7 +78,7 @@ class TokenData:
     """
 
     def __init__(self, path: Path | str, domains: list[str] | None = None):
-        self.path = Path(path).expanduser()
+        self.path = Path(path)
         file = self.path / "meta.json"
         if not file.is_file():
             raise ValueError(

@@ -1,5 +1,7 @@
 """What eval.py shows: results as tables, with a line per domain and a block of columns per model; and the time left."""
 
+import unicodedata
+
 from tqdm import tqdm
 
 # title, key in the results, width, decimals
@@ -21,28 +23,28 @@ PATIENCE = 3  # seconds without a word about the time left
 def loss_table(results: dict[str, dict]) -> str:
     """Losses of each domain, their average and worst; size and speed of each model, and their ratio to the first's."""
     lines = by_label(results, "average", "worst")
-    width = max(len(label) for label, _ in (*lines, *MODEL_LINES))
+    width = max(columns(label) for label, _ in (*lines, *MODEL_LINES))
     block = sum(wide for _, _, wide, _ in LOSS_COLUMNS)
     titles = "".join(f"{title:>{wide}}" for title, _, wide, _ in LOSS_COLUMNS)
     text = [heading(results, width, block), " " * width + titles * len(results)]
     for label, measured in lines:
         cells = [f"{model[key]:>{wide}.{digits}f}" for model in measured for _, key, wide, digits in LOSS_COLUMNS]
-        text.append(f"{label:<{width}}" + "".join(cells))
+        text.append(padded(label, width) + "".join(cells))
     models = list(results.values())
     for label, key in MODEL_LINES:
         cells = [f"{model[key]:,.0f} ({model[key] / models[0][key]:.2f}x)" for model in models]
-        text.append(f"{label:<{width}}" + "".join(f"{cell:>{block}}" for cell in cells))
+        text.append(padded(label, width) + "".join(f"{cell:>{block}}" for cell in cells))
     return "\n".join(text)
 
 
 def answer_table(results: dict[str, dict]) -> str:
     """Accuracy and standard error of each domain and their average, in percent."""
     lines = by_label(results, "average")
-    width = max(len(label) for label, _ in lines)
+    width = max(columns(label) for label, _ in lines)
     text = [heading(results, width, ANSWER_WIDTH)]
     for label, measured in lines:
         cells = [f"{100 * model['accuracy']:.1f} ± {100 * model['standard_error']:.1f}" for model in measured]
-        text.append(f"{label:<{width}}" + "".join(f"{cell:>{ANSWER_WIDTH}}" for cell in cells))
+        text.append(padded(label, width) + "".join(f"{cell:>{ANSWER_WIDTH}}" for cell in cells))
     domains = next(iter(results.values()))["domains"].values()  # the questions are the same for all models
     merged, asked = (sum(domain[key] for domain in domains) for key in ("merged", "questions"))
     text.append(f"In {merged:,} of {asked:,} questions the tokenizer merges the end of the question with a choice.")
@@ -62,6 +64,16 @@ def heading(results: dict[str, dict], width: int, block: int) -> str:
     room = block - 2
     names = [name if len(name) <= room else "…" + name[-room + 1 :] for name in results]
     return " " * width + "".join(f"{name:>{block}}" for name in names)
+
+
+def columns(text: str) -> int:
+    """How many columns a terminal needs for a text: two for each Chinese character, none for an accent of its own."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
+def padded(text: str, width: int) -> str:
+    """The text, and spaces up to this many columns."""
+    return text + " " * (width - columns(text))
 
 
 def time_left(name: str, total: int, unit: str) -> tqdm:

@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import io
 import json
 import random
 import re
@@ -18,11 +19,13 @@ from conftest import ROOT
 
 import prepare_data
 from plumbing import documents, shared, tokenizer
+from plumbing.command_line import load
 from plumbing.data import BatchReader
 from plumbing.dataset import SPLITS, TokenData
 from plumbing.documents import read_file
 from plumbing.folder import File
 from plumbing.left_out import LeftOut
+from plumbing.settings import Settings
 from plumbing.shared import SharedText, sample_stretches
 from plumbing.tokenizer import load_tokenizer
 from plumbing.writer import DataWriter, Encoded
@@ -768,13 +771,27 @@ def test_command_twice_and_with_other_options(command, tiny_corpus, tmp_path):
 
 
 def test_home_folder(command, tiny_corpus, tmp_path, monkeypatch):
-    """bash expands ~ in `--out ~/x`, but not in `--out=~/x`."""
+    """bash puts the home folder for ~ in `--out ~/x`, but not in `--out=~/x`; nobody does in a config file."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "c").symlink_to(tiny_corpus)
-    args = ["~/c", "--out=~/deep/out", "--window=128", "--held_out=0.1", "--workers=1"]
+    args = [tiny_corpus, "--out=~/deep/out", "--window=128", "--held_out=0.1", "--workers=1"]
     assert [command(*args)[0] for _ in range(2)] == [0, 0] and not (tmp_path / "~").exists()
-    assert TokenData("~/deep/out").domains == TokenData(tmp_path / "deep" / "out").domains
+    assert TokenData(tmp_path / "deep" / "out").domains == ["animals", "brackets", "sums"]
+    (tmp_path / "config.py").write_text('data = "~/a"\nout = "b~/c"\n')
+    settings = load(Settings, ["config.py", "--init_from=~/m"])
+    home = str(tmp_path)
+    assert (settings.data, settings.out, settings.init_from) == (f"{home}/a", "b~/c", f"{home}/m")
+
+
+def test_ascii_terminal(command, tmp_path, monkeypatch):
+    (tmp_path / "c" / "新闻").mkdir(parents=True)
+    (tmp_path / "c" / "新闻" / "a.jsonl").write_bytes(jsonl(texts_for("x")))
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    args = [tmp_path / "c", "--out", tmp_path / "out", "--window=64", "--held_out=0.2", "--workers=1"]
+    assert command(*args)[0] == 0
+    stream.flush()
+    assert b"\n\\u65b0\\u95fb " in stream.buffer.getvalue()
 
 
 def test_command_warns_of_shared_text(command, tmp_path):
