@@ -250,7 +250,7 @@ def prepare(
         "seed": seed,
         "max_mb": max_mb,
         "domain_field": domain_field,
-        "domains": domains,
+        "domains": domains and sorted(domains),
         "drop_shared": drop_shared or installed,
     }
     if out.exists():

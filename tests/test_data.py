@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from scipy import stats
 
 from plumbing import tokenizer
@@ -381,6 +382,24 @@ def test_an_id_that_comes_later_is_found(tiny_data, tmp_path):
         data.read("sums", "val", 64, np.array([0, 3, 4]))
     with pytest.raises(DamagedData, match=message):
         data.eval_sequences("sums", "val", 128)
+
+
+def test_a_run_on_damaged_data_ends_in_one_line(tiny_data, tmp_path, monkeypatch, capsys):
+    """Between the places that are looked at when the data set is opened."""
+    path = Path(shutil.copytree(tiny_data, tmp_path / "copy"))
+    for file in path.glob("*/train.bin"):
+        tokens = np.fromfile(file, "<u2")
+        second = np.linspace(0, len(tokens) - 4096, 16, dtype=np.int64)[1]
+        assert second > 4096
+        tokens[4096:second] = 60_000
+        tokens.tofile(file)
+    args = [f"--data={path}", f"--out={tmp_path / 'out'}", "--steps=60", "--eval_interval=60"]
+    assert run(monkeypatch, *args) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"train.py: .*/train.bin: token [\d,]+ has the id 60000, outside the vocabulary of 257; .*", error[-1]
+    )
+    assert not any("Traceback" in line for line in error)
 
 
 def test_folders_of_domains():

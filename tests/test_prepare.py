@@ -429,6 +429,7 @@ def test_names_are_kept(command, tmp_path):
     assert documents_of(folders, "C#", "train") == documents_of(data, "C#", "train")
     assert command(*args, "--domains", "C#", "新闻", "--out", tmp_path / "two")[0] == 0
     assert TokenData(tmp_path / "two").domains == ["C#", "新闻"]
+    assert command(*args, "--domains", "新闻", "C#", "--out", tmp_path / "two")[0] == 0  # already prepared
     status, _, error = command(tmp_path / "f", "--domains", "C$", "--out", tmp_path / "none")
     assert status == 2 and re.fullmatch(r"prepare_data.py: .*: no domain C\$, did you mean C.*\?\n", error)
 
