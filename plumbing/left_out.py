@@ -23,7 +23,7 @@ class LeftOut:
         """Count one more thing that is left out; `where` is its place."""
         self.counts[what] += 1
         if where is not None and len(self.places[what]) < SHOWN:
-            self.places[what].append(str(where))
+            self.places[what].append("".join(c if c.isprintable() else "?" for c in str(where)))
 
     def bad_line(self, where: str):
         """Count a line that holds no document. `where` says its file, its number and what is wrong."""

@@ -583,6 +583,10 @@ def test_bad_domains_are_bad_lines(tmp_path):
     assert left_out.places["bad lines"][0].endswith(
         "a.jsonl:1: no domain in the field of (--domain_field); it has text, of"
     )
+    path.write_text('{"text": "a", "\\u001b[2J\\n": 1}')  # no terminal is to be told what to do
+    left_out = LeftOut()
+    assert list(read_file(File(None, path), left_out, "of")) == []
+    assert left_out.told()[0].endswith("no domain in the field of (--domain_field); it has text, ?[2J?")
 
 
 def test_many_bad_lines_end_it_early(tmp_path, monkeypatch):
