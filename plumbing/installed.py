@@ -19,6 +19,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def sources(pattern: str, *names: str) -> list[Path]:
     return [path for name in names for path in library(package(name), pattern)]
 
 
+@cache  # two domains look through the same packages
 def library(top: Path, pattern: str) -> list[Path]:
     """The source files below `top`, without tests and generated files."""
     found = (p for p in top.rglob(pattern) if NOT_LIBRARY.isdisjoint(p.relative_to(top).parts))
