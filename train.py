@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from dro import Mixture, Point
 from eval import domain_losses
 from masks import PruningMasks, extract
 from model import Gates, Llama, LlamaConfig, read_config
-from plumbing import choices, cost, parallel
+from plumbing import checksums, choices, cost, parallel, records
 from plumbing import cut as cutting
 from plumbing.command_line import load, user_errors
 from plumbing.data import BatchReader, TokenData
@@ -151,6 +152,7 @@ class Trainer:
             "digests": run.digests,
             "source": asdict(self.model.config),
             "target": asdict(self.masks.target) if self.masks else None,
+            "settled": self.masks is not None and step >= self.masks.settle_at,
             "mixture": self.mixture.state,
             "reader": self.reader.state_dict(),
             "unlogged": self.meter.totals().tolist(),
@@ -159,13 +161,10 @@ class Trainer:
         in_background = self.engine.device.type == "cuda"
         run.save(step, self.tree, self.optimizer, state, self.s.keep_checkpoints, in_background=in_background)
 
-    def restore(self, run: Run, log: Log) -> int:
-        """Take up what `save` wrote. Returns the number of steps that are done."""
+    def restore(self, run: Run, log: Log) -> None:
+        """Take up what `save` wrote. ValueError where a file of it is damaged."""
         state, given = run.state, self.mixture.state
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         run.load(self.tree, self.optimizer)
-        for group, own in zip(self.optimizer.param_groups, groups):
-            group.update(own)  # the parameters are loaded, but rates and weight decay are those of this run's settings
         self.mixture.state = state["mixture"]
         if "ratio" in run.changed:
             self.mixture.state |= {key: given[key] for key in ("weights", "ratio")}
@@ -175,7 +174,6 @@ class Trainer:
             self.meter.sums += torch.tensor(state["unlogged"], dtype=torch.float64, device=self.engine.device)
         log.go_on(state["step"], state["seconds"])
         say(f"going on from {run.checkpoint}")
-        return state["step"]
 
     def finish(self, run: Run, log: Log, make: Callable[..., Llama]) -> None:
         """Cut the small model out, write model/, measure what was written."""
@@ -189,7 +187,7 @@ class Trainer:
             if masks:
                 kept, model = choices.describe(masks.cpu()), extract(model, masks)
             elif s.is_pruning:  # the small model was cut out before
-                kept = json.loads((run.path / PRUNING).read_text())
+                kept = records.read(run.path / PRUNING, records.Pruning, "what a choice wrote")
             save_model(directory, model, kept, model_directory(s.init_from) if s.init_from else None, self.reader)
             del model
         del whole
@@ -287,17 +285,15 @@ def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> Pruning
     settle_at = s.settle_at if s.settles else math.inf
     masks = PruningMasks(source, target, s.sparsity_warmup, s.log_alpha, s.phi, *noise, settle_at, s.fade)
     masks.clamp_()
-    return masks
+    return masks.requires_grad_(s.learns_gates)
 
 
-def choose_(s: Settings, masks: PruningMasks, reader: BatchReader, weights: np.ndarray) -> None:
+def choose_(s: Settings, masks: PruningMasks, reader: BatchReader) -> None:
     """Fix a choice that is not learned. Some look at the text that the first steps will read. ValueError for a file
     that is no choice."""
-    if parallel.is_first():
-        model = Llama.from_pretrained(directory_of(s.init_from))
-        scores = choices.scores(s.gates, masks, model, reader.peek(CALIBRATION_STEPS, weights), s.seed)
-        choices.choose_(masks, scores)
-    masks.load_state_dict(parallel.from_first(masks.state_dict()))
+    model, weights = Llama.from_pretrained(directory_of(s.init_from)), make_mixture(s, reader.data, None).weights
+    scores = choices.scores(s.gates, masks, model, reader.peek(CALIBRATION_STEPS, weights), s.seed)
+    choices.choose_(masks, scores)
 
 
 def cut(trainer: Trainer, run: Run, log: Log, make: Callable[..., Llama], step: int) -> Trainer:
@@ -331,69 +327,82 @@ def rehearse(s: Settings, source: LlamaConfig, rehearsal: cost.Rehearsal) -> Non
     trainer.train(run=rehearsal, log=None)
 
 
-def set_up(s: Settings) -> tuple[Trainer, Run, Log, dict] | None:
-    """Everything that a run needs, or None where it is finished already. Nothing is written before all of it was found
-    to be right. ValueError for what is not."""
+def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None:
+    """Everything that a run needs, or None where it is finished already. ValueError for what is not right. All of it is
+    read and checked before anything is written."""
     device = parallel.start(parallel.find_device(s.device))
     torch.set_num_threads(s.threads or torch.get_num_threads())
-    _, micro_batch = s.split_batch(parallel.size())
-
-    # what there is: the data, the source, the run
-    data = TokenData(s.data, s.domains or None)
-    check_domains(s, data)
-    digests = {"data": data.digest}
-    if s.init_from:
-        digests["init_from"] = digest(s.init_from)
-    run = Run(s.out, asdict(s), FREE, s.resume, digests)
-    if run.finished:
-        say(f"{run.path / 'model'} is finished already")
-        return None
-    mine = {"rank": parallel.rank(), "processes": parallel.size(), "micro_batch": micro_batch}
-    reader = BatchReader(data, s.seq_len, s.batch_size, s.seed, **mine, gate_samples=s.gate_samples, device=device)
-    if run.state:
-        reader.load_state_dict(run.state["reader"])
-    if s.init_from:
-        shape, start = model_shape(s, s.init_from, data), directory_of(s.init_from)
-    else:
-        shape, start = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
-    if s.reference_model:
-        model_shape(s, s.reference_model, data)
-
-    # what is trained: the source with its gates, and the small model once that is cut out
-    masks = None
-    if target := s.target_shape(shape):
-        if s.settles and (fixed := {"gates", "settle_at", "fade"} & set(run.changed)):
-            raise ValueError(f"{' and '.join(sorted(fixed))} must be as in {run.origin}, where the choice is fixed")
-        if run.state and run.state["target"] is None:
-            shape = target
-        else:
-            masks = make_masks(s, shape, target)
-    if run.state and run.state["source"] != asdict(shape):
-        raise ValueError(f"{run.checkpoint}: its model has another shape than these settings give it")
     sharding = parallel.sharding(s.parallel, s.dtype, device)
     layers = {"checkpoint_layers": s.activation_checkpointing, "compiled": s.compile}
     make = partial(parallel.make_model, device=device, **sharding, **layers)
-    model = make(shape, None if run.state else start)
-    references = s.reference_losses or None
-    if s.reference_model and (run.state is None or new_references(run)):
-        say(f"measuring the reference losses on {s.reference_model}")
-        reference_model = parallel.read_model(directory_of(s.reference_model), device, **sharding)
-        references = validation_losses(s, reference_model, data)
+    with parallel.together():
+        # what there is: the run, the data, the source
+        _, micro_batch = s.split_batch(parallel.size())
+        run = Run(s.out, asdict(s), FREE, s.resume)
+        gone = not (Path(s.data).exists() and Path(s.init_from).exists())
+        if not (run.finished and gone):  # a finished run does not need what it was made of
+            data = TokenData(s.data, s.domains or None)
+            check_domains(s, data)
+            run.check_content({"data": data.digest} | ({"init_from": digest(s.init_from)} if s.init_from else {}))
+        if run.finished:
+            say(f"{run.path / 'model'} is finished already")
+            return None
+        mine = {"rank": parallel.rank(), "processes": parallel.size(), "micro_batch": micro_batch}
+        reader = BatchReader(data, s.seq_len, s.batch_size, s.seed, **mine, gate_samples=s.gate_samples, device=device)
+        if s.init_from:
+            shape, start = model_shape(s, s.init_from, data), directory_of(s.init_from)
+        else:
+            shape, start = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
+        why_not = None
+        if run.state:
+            reader.load_state_dict(run.state["reader"])
+        elif s.init_from:
+            checksums.check(start)
+            position = data_position(s.init_from)
+            why_not = reader.go_on_after(position) if position else None
+        new_reference = s.reference_model and (run.state is None or new_references(run))
+        if s.reference_model:
+            model_shape(s, s.reference_model, data)
+        if new_reference:
+            checksums.check(directory_of(s.reference_model))
 
-    mixture, position = make_mixture(s, data, references), None
-    if s.init_from and run.state is None:
-        position = data_position(s.init_from)
-    why_not = reader.go_on_after(position) if position else None
-    if masks and s.gates != "learned" and run.state is None:
-        choose_(s, masks, reader, mixture.weights)
+        # what is trained: the source with its gates, and the small model once that is cut out
+        masks = None
+        if target := s.target_shape(shape):
+            if s.settles and (fixed := {"gates", "settle_at", "fade"} & set(run.changed)):
+                raise ValueError(f"{' and '.join(sorted(fixed))} must be as in {run.origin}, where the choice is fixed")
+            if run.state and run.state["target"] is None:
+                shape = target
+            else:
+                masks = make_masks(s, shape, target)
+        run.check_model(shape, masks)
+        model = make(shape, None if run.state else start)
+        if masks and s.gates != "learned" and run.state is None and parallel.is_first():
+            choose_(s, masks, reader)
+        reference_model = None
+        if new_reference:
+            reference_model = parallel.read_model(directory_of(s.reference_model), device, **sharding)
+
+    if masks:
+        masks.load_state_dict(parallel.from_first(masks.state_dict()))
+        masks.to(device)
+    references = s.reference_losses or None
+    if reference_model:
+        say(f"measuring the reference losses on {s.reference_model}")
+        references = validation_losses(s, reference_model, data)
+        del reference_model
+    mixture, log = make_mixture(s, data, references), Log(s, run, reader, shape, device)
+    if why_not:
+        say(f"note: this run reads {s.data} from its beginning, not from where {s.init_from} stopped: {why_not}")
+    log.settings(mixture)
+    trainer = Trainer(s, model, masks, reader, mixture)
+    if run.state:
+        with parallel.together():
+            trainer.restore(run, log)
     run.open()
     if parallel.is_first() and run.origin != run.path and (run.origin / PRUNING).is_file():
         shutil.copy(run.origin / PRUNING, run.path)
-    if why_not:
-        say(f"note: this run reads {s.data} from its beginning, not from where {s.init_from} stopped: {why_not}")
-    log = Log(s, run, reader, shape, device)
-    log.settings(mixture)
-    return Trainer(s, model, masks.to(device) if masks else None, reader, mixture), run, log, make
+    return trainer, run, log, make
 
 
 def main():
@@ -406,11 +415,8 @@ def main():
     if what is None:
         return
     trainer, run, log, make = what
+    first = run.state["step"] if run.state else 0
     try:
-        first = 0
-        if run.state:
-            with user_errors():
-                first = trainer.restore(run, log)
         if trainer.masks and first == s.cut_at < s.steps:  # at once, or in the moment that was saved
             trainer = cut(trainer, run, log, make, first)
         if first == 0 or run.changed:

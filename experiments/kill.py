@@ -1,15 +1,17 @@
 """Kill a run at random moments, again and again: does it end exactly as one that never died?
 
-    python experiments/kill.py [--kills 30] [--seed 0]
+    python experiments/kill.py [--kills 15] [--seed 0] [--json docs/kill/results.json] [--SETTING=VALUE ...]
 
-A pruning run and a continued run (tiny model, real text, the full method, a checkpoint after each step) are each done
-twice: left alone, and killed with SIGKILL at a random moment after each start until it has died --kills times, then
-left to end. Every byte of metrics.jsonl, of model/ and of the last checkpoint's state (domain weights and history, data
-position) is compared. A kill has hit a save if it leaves something half-written behind.
+A pruning run and a continued run (tiny model, real text, the full method, a checkpoint after each step) are done in one
+process and by torchrun in two. Each is done twice: left alone, and killed with SIGKILL at a random moment after each
+start until it has died --kills times, then left to end. Of torchrun all processes are killed at once. Every byte of
+metrics.jsonl, of model/, and of the last checkpoint is compared, but for the seconds and the path in the latter. A kill
+has hit a save if it leaves something half-written behind. Further settings are those of the pruning run.
 """
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -19,26 +21,45 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT, DATA, DOCS = Path("out/kill"), Path("data/kill"), ROOT / "docs" / "kill"
+OUT, DATA, RESULTS = Path("out/kill"), Path("data/kill"), "docs/kill/results.json"
 SOURCE = "--n_layer=3 --d_model=32 --n_head=4 --d_ffn=48 --lr=3e-3 --steps=60 --eval_interval=60".split()
 COMMON = "--seq_len=64 --batch_size=4 --threads=1 --eval_sequences=2 --log_interval=3 --save_interval=1".split()
-ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=5 --lr=1e-3 --steps=600".split()
+ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=5 --lr=1e-3".split()
 TARGET = "--target_n_layer=2 --target_d_model=24 --target_n_head=2 --target_d_ffn=32 --gate_samples=2".split()
-TARGET += "--log_alpha=3.0 --phi=200.0 --sparsity_warmup=300".split()
+TARGET += ["--log_alpha=3.0", "--phi=200.0"]
+STARTERS = {
+    "one process": [sys.executable, "-u"],
+    "torchrun": [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+}
 
 
-def start(stage: str, where: str) -> list[str]:
-    """The command of a stage; the runs in `where` have their names."""
-    source = {"source": [], "prune": [f"--init_from={OUT / 'source'}", f"--reference_model={OUT / 'source'}"],
-              "continue": [f"--init_from={OUT / 'alone' / 'prune'}"]}[stage]  # fmt: skip
-    options = {"source": SOURCE, "prune": ROBUST + TARGET, "continue": ROBUST}[stage]
-    out = OUT / where / stage if where else OUT / stage
-    return [sys.executable, "-u", "train.py", *COMMON, *options, *source, f"--data={DATA}", f"--out={out}"]
+def command(args: argparse.Namespace, starter: str, stage: str, out: Path) -> list[str]:
+    """The command of a stage. The continued run starts from the pruned model that was left alone."""
+    options = {
+        "source": SOURCE,
+        "prune": [*TARGET, *ROBUST, f"--steps={args.steps}", f"--sparsity_warmup={args.steps // 2}", *args.settings],
+        "continue": [*ROBUST, f"--steps={args.steps}"],
+    }[stage]
+    source = {"prune": OUT / "source", "continue": OUT / starter.replace(" ", "_") / "alone" / "prune"}.get(stage)
+    start = [f"--init_from={source}"] if source else []
+    start += [f"--reference_model={source}"] if stage == "prune" else []
+    return [*STARTERS[starter], "train.py", *COMMON, *options, *start, f"--data={DATA}", f"--out={out}"]
 
 
 def begin(command: list[str]) -> subprocess.Popen:
     """Start it; what it prints can be read."""
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def kill(process: subprocess.Popen) -> bool:
+    """Kill a process and its children. False if it had ended."""
+    if process.poll() is not None:
+        return False
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    process.stdout.close()
+    return process.wait() == -signal.SIGKILL
 
 
 def wait_until_it_trains(process: subprocess.Popen) -> None:
@@ -68,9 +89,7 @@ def kill_once(command: list[str], rng: random.Random, longest: float, start_up: 
         time.sleep(rng.uniform(0, longest))
     else:
         time.sleep(rng.uniform(0, start_up))
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    return process.wait() == -signal.SIGKILL
+    return kill(process)
 
 
 def half_written(run: Path) -> set:
@@ -80,52 +99,63 @@ def half_written(run: Path) -> set:
 
 
 def content(run: Path) -> dict[str, bytes]:
-    """What has to be the same: path -> bytes. The seconds a run took are not."""
-    files = {str(p.relative_to(run)): p.read_bytes() for p in [run / "metrics.jsonl", *(run / "model").iterdir()]}
+    """What has to be the same: path -> bytes. The seconds and the path of a run are not, nor their checksum."""
     (last,) = sorted((run / "checkpoints").iterdir())[-1:]
+    files = [run / "metrics.jsonl", *(run / "model").iterdir(), *last.glob("*.safetensors")]
     state = json.loads((last / "state.json").read_text())
-    del state["seconds"]
-    return {**files, last.name: json.dumps(state).encode()}
+    del state["seconds"], state["settings"]["out"]
+    found = {str(file.relative_to(run)): file.read_bytes() for file in files}
+    return {**found, f"{last.name}/state.json": json.dumps(state).encode()}
+
+
+def campaign(args: argparse.Namespace, starter: str, stage: str, rng: random.Random) -> dict:
+    """A run left alone, and the same run killed until it has died often enough: what is different at the end?"""
+    where = OUT / starter.replace(" ", "_")
+    alone, killed = (ROOT / where / how / stage for how in ("alone", "killed"))
+    start_up = leave_alone(command(args, starter, stage, where / "alone" / stage))
+    again, kills, in_a_save, before_the_first = command(args, starter, stage, where / "killed" / stage), 0, 0, 0
+    while kills < args.kills:
+        before = half_written(killed)
+        if not kill_once(again, rng, args.longest, start_up):
+            sys.exit(f"{starter}, {stage}: it ended after {kills} kills: choose a smaller --longest or more --steps")
+        kills += 1
+        in_a_save += bool(half_written(killed) - before)
+        before_the_first += not any(killed.glob("checkpoints/step_*[0-9]"))
+        print(f"{starter}, {stage}: killed {kills} times, {in_a_save} times in a save", flush=True)
+    leave_alone(again)
+    one, other = content(alone), content(killed)
+    different = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    print(f"{starter}, {stage}: {', '.join(different) or 'nothing'} is different", flush=True)
+    return {
+        "kills": kills,
+        "in a save": in_a_save,
+        "before the first checkpoint": before_the_first,
+        "compared": sorted(one),
+        "different": different,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="of each of the two runs")
+    parser.add_argument("--kills", type=int, default=15, help="of each of the four runs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--longest", type=float, default=0.5, help="seconds after which it is dead at the latest")
-    args = parser.parse_args()
+    parser.add_argument("--longest", type=float, default=0.5, help="seconds of training after which it is killed")
+    parser.add_argument("--steps", type=int, default=600, help="of each run")
+    parser.add_argument("--json", default=RESULTS, help="the file for the results")
+    args, args.settings = parser.parse_known_args()
     rng, quiet = random.Random(args.seed), {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     if not (ROOT / DATA / "meta.json").exists():
         make = ["prepare_data.py", "installed", "--out", str(DATA), "--held_out", "0.1", "--max_mb", "0.5"]
         subprocess.run([sys.executable, *make], **quiet)
-    subprocess.run(start("source", ""), **quiet)
-    results = {"command": f"python experiments/kill.py --kills {args.kills} --seed {args.seed}"}
-    for stage in ("prune", "continue"):
-        start_up = leave_alone(start(stage, "alone"))
-        run, kills, in_a_save, before_the_first = ROOT / OUT / "killed" / stage, 0, 0, 0
-        while kills < args.kills:
-            before = half_written(run)
-            if not kill_once(start(stage, "killed"), rng, args.longest, start_up):
-                sys.exit(f"{stage}: it ended after {kills} kills: choose a smaller --longest")
-            kills += 1
-            in_a_save += bool(half_written(run) - before)
-            before_the_first += not any(run.glob("checkpoints/step_*[0-9]"))
-            print(f"{stage}: killed {kills} times, {in_a_save} times in a save", flush=True)
-        subprocess.run(start(stage, "killed"), **quiet)
-        alone, killed = content(ROOT / OUT / "alone" / stage), content(run)
-        different = sorted(name for name in alone.keys() | killed.keys() if alone.get(name) != killed.get(name))
-        results[stage] = {
-            "kills": kills,
-            "in a save": in_a_save,
-            "before the first checkpoint": before_the_first,
-            "compared": sorted(alone),
-            "different": different,
-        }
-        print(f"{stage}: {', '.join(different) or 'nothing'} is different")
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    sys.exit(any(results[stage]["different"] for stage in ("prune", "continue")))
+    subprocess.run(command(args, "one process", "source", OUT / "source"), **quiet)
+    results = {"command": " ".join(["python experiments/kill.py", *sys.argv[1:]])}
+    for starter in STARTERS:
+        results[starter] = {stage: campaign(args, starter, stage, rng) for stage in ("prune", "continue")}
+    file = ROOT / args.json
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    sys.exit(any(of_stage["different"] for starter in STARTERS for of_stage in results[starter].values()))
 
 
 if __name__ == "__main__":

@@ -1,58 +1,150 @@
-"""The tensors of a checkpoint on disk: weights, gates, multipliers and AdamW's moments, by torch.distributed.checkpoint
+"""The tensors of a checkpoint on disk: weights, gates and multipliers, and AdamW's state. Nothing in it can run.
 
-Each process writes what it holds, and any number of processes reads it again.
+    weights-1-of-4.safetensors     what the first of four processes wrote of the parameters
+    optimizer-1-of-4.safetensors   and of AdamW's state: NAME.exp_avg, NAME.exp_avg_sq, NAME.step
+    checksums.json                 of all files of the checkpoint
+
+Each process writes its share of the rows of each tensor, whether it holds only these (FSDP) or all. The header of a
+file has the number of the first row of each tensor in it. Any number of processes reads the tensors again, each only
+the rows that it holds.
 """
 
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from torch import nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from plumbing import parallel
+from plumbing import checksums, parallel, records
+from plumbing.parallel import local, my_rows
+
+FIRST_ROWS = "first_rows"  # the key in a file's header: name -> number of the first row, as JSON
+BACKGROUND = ThreadPoolExecutor(max_workers=1)  # where a checkpoint is written while the training goes on
 
 
-def save(tree: nn.Module, optimizer, path: Path, group=None, in_background: bool = False):
-    """Write the tensors of modules and optimizer into the directory `path`.
+def tensors_of(tree: nn.Module, optimizer: torch.optim.AdamW | None) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds: kind of file -> name -> tensor, whole or this process's shard of it."""
+    content = {"weights": parallel.parameters_of(tree)}
+    if optimizer is not None:
+        content["optimizer"] = {
+            f"{name}.{key}": x for name, p in content["weights"].items() for key, x in optimizer.state[p].items()
+        }
+    return content
+
+
+def shape_of(x: Tensor) -> tuple[int, ...]:
+    """Shape of a tensor as it is stored: a number is one row."""
+    return tuple(x.shape) or (1,)
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+def save(
+    tree: nn.Module, optimizer: torch.optim.AdamW, path: Path, group=None, in_background: bool = False
+) -> Future | None:
+    """Write the tensors of modules and optimizer into the directory `path`, and the checksums of all its files.
 
     group: the processes that write together, None for one alone. In the background, training goes on as soon as the
-    tensors are copied; then a future is returned. OSError where the disk is full or not writable.
+    tensors are copied; then a future is returned. OSError, here or from the future, where the disk is full or not
+    writable; all processes raise it.
     """
-    weights, moments = get_state_dict(tree, optimizer)
-    content = {"weights": weights, "optimizer": moments}
-    how = {"checkpoint_id": path, "process_group": group, "no_dist": group is None}
+    content = {}  # kind -> (name -> rows, name -> number of the first of them)
+    for kind, tensors in tensors_of(tree, optimizer).items():
+        mine, first = {}, {}
+        for name, x in tensors.items():
+            share = parallel.share(shape_of(x)[0])
+            rows = local(x.detach()) if parallel.is_shard(x) else x.detach().reshape(shape_of(x))[share]
+            if len(rows):
+                mine[name], first[name] = rows.to("cpu", copy=in_background).contiguous(), share.start
+        if mine:
+            content[kind] = mine, first
     if in_background:
-        return dcp.async_save(content, **how)
-    try:
-        dcp.save(content, **how)
-    except CheckpointException as error:
-        raise OSError(first_failure(error)) from None
+        return BACKGROUND.submit(write, content, path, group)
+    write(content, path, group)
 
 
-def wait(saving) -> None:
-    """Wait until what `save` does in the background is done. OSError as there."""
-    try:
-        saving.result()
-    except CheckpointException as error:
-        raise OSError(first_failure(error)) from None
+def write(content: dict, path: Path, group) -> None:
+    """Write what `save` has collected."""
+    written = {}
+    with parallel.together(group):
+        for kind, (tensors, first) in content.items():
+            file = path / f"{kind}-{parallel.rank() + 1}-of-{parallel.size()}.safetensors"
+            try:
+                save_file(tensors, file, metadata={FIRST_ROWS: json.dumps(first)})
+            except SafetensorError as error:
+                raise OSError(f"{file}: {error}") from None
+            written[file.name] = checksums.of(file)
+    everyones = parallel.gather(written, group)
+    with parallel.together(group):
+        if parallel.is_first():
+            checksums.write(path, {name: checksum for one in everyones for name, checksum in one.items()})
 
 
-def first_failure(error: CheckpointException) -> str:
-    """What went wrong: the exception holds the errors of all processes, and is no subclass of Exception."""
-    return str(next(iter(error.failures.values()))[0])
+# -- reading --------------------------------------------------------------------------------------------------------
 
 
-def load(tree: nn.Module, optimizer, path: Path) -> None:
-    """Read what `save` wrote back into modules and optimizer. ValueError where the files are damaged."""
-    weights, moments = get_state_dict(tree, optimizer)
-    read_tensors({"weights": weights, "optimizer": moments}, path)
-    set_state_dict(tree, optimizer, model_state_dict=weights, optim_state_dict=moments)
+@torch.no_grad()
+def load(tree: nn.Module, path: Path, optimizer: torch.optim.AdamW | None = None) -> None:
+    """Read what `save` wrote into modules and optimizer, in place; without an optimizer only weights are read.
+
+    ValueError where a file is damaged, does not fit, has a value that is not finite, or is of an older version. Several
+    processes must call it within `parallel.together`.
+    """
+    if (path / ".metadata").exists():
+        raise ValueError(
+            f"{path}: an older version of train.py wrote this with pickle, which can run any code when it is read: "
+            "end the run with that version, or train again"
+        )
+    for parameter in tree.parameters() if optimizer is not None else ():
+        if not parameter.requires_grad:
+            continue  # the gates of a choice that is not learned
+        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=local(parameter).device), **moments}
+    for kind, tensors in tensors_of(tree, optimizer).items():
+        checksums.check(path, f"{kind}-*")
+        read = open_tensors(path, kind, {name: shape_of(x) for name, x in tensors.items()})
+        for name, x in tensors.items():
+            local(x).copy_(read(name, my_rows(x)).view_as(local(x)))
+        parallel.check_finite(tensors, path)
 
 
-def read_tensors(content: dict, path: Path) -> None:
-    """Read a checkpoint's tensors into those of `content`, in place. ValueError where the files are damaged."""
-    try:
-        dcp.load(content, checkpoint_id=path, no_dist=parallel.size() == 1)
-    except CheckpointException as error:
-        raise ValueError(f"{path}: damaged: {first_failure(error)}") from None
+def open_tensors(path: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> Callable[[str, slice], Tensor]:
+    """Open the files of one kind: read(name, rows) gives rows of a tensor. Only headers are read here. ValueError
+    unless the files hold all rows of the tensors with these shapes, each once, in float32, and no other tensors."""
+    places = {name: [] for name in shapes}  # name -> (first row, number of rows, file) of each part
+    for file in sorted(path.glob(f"{kind}-*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                text = (tensors.metadata() or {}).get(FIRST_ROWS, "")
+                first = records.parse(text.encode(), records.FirstRows, f"{file}: {FIRST_ROWS} in its header")
+                for name in tensors.keys():
+                    part = tensors.get_slice(name)
+                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                    known = name in shapes and name in first
+                    if not known or dtype != "F32" or not shape or shape[1:] != shapes[name][1:]:
+                        raise ValueError(f"{file}: {name}, {dtype} {shape}, does not belong to this run")
+                    places[name].append((first[name], shape[0], file))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged: {error}") from None
+    for name, parts in places.items():
+        end = 0
+        for start, n, _ in sorted(parts):
+            end = end + n if start == end else -1
+        if end != shapes[name][0]:
+            raise ValueError(f"{path}: {kind}-*.safetensors have not all {shapes[name][0]} rows of {name}, each once")
+
+    def read(name: str, rows: slice) -> Tensor:
+        low, high, _ = rows.indices(shapes[name][0])
+        found = [torch.empty(0, *shapes[name][1:])]
+        for start, n, file in sorted(places[name]):
+            if low < start + n and start < high:
+                with safe_open(file, framework="pt") as tensors:
+                    found.append(tensors.get_slice(name)[max(low - start, 0) : high - start])
+        return torch.cat(found)
+
+    return read

@@ -16,11 +16,13 @@ import ast
 import dataclasses
 import difflib
 import io
+import json
 import math
 import operator
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -55,9 +57,17 @@ def user_errors(*kinds: type[Exception]):
     except kinds as error:
         if isinstance(error, OSError) and error.filename is not None:
             error = f"{error.filename}: {error.strerror}"
+        line = f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts many processes: one on each machine says it
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(line, file=sys.stderr)
+        tell_torchrun(line)
         sys.exit(2)
+
+
+def tell_torchrun(line: str) -> None:
+    """Have torchrun, if it started this process, show this line in its report, which is the last that is printed."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,6 +20,7 @@ from dro import Mixture, Point
 from masks import PruningMasks
 from model import Gates, LlamaConfig
 from plumbing import cost, parallel
+from plumbing.command_line import tell_torchrun
 from plumbing.data import BatchReader
 from plumbing.run import Run
 from plumbing.settings import Settings
@@ -56,8 +57,8 @@ class Meter:
     def check(self, domains: list[str]) -> None:
         """End the run if a gradient was not finite."""
         if (step := int(self.bad_step)) >= 0:
-            sums = self.totals()[0].tolist()
-            bad = [d for d, x in zip(domains, sums) if not math.isfinite(x)]
+            mine = [d for d, x in zip(domains, self.sums[0].tolist()) if not math.isfinite(x)]
+            bad = [f"{d} in process {i}" for i, found in enumerate(parallel.gather(mine)) for d in found]
             where = f"cross entropy of domain {', '.join(bad)}" if bad else "constraint or gradient"
             give_up(f"step {step}: the {where} is not finite; nothing was updated")
 
@@ -294,6 +295,7 @@ def say(text: str) -> None:
 
 def give_up(text: str) -> None:
     """End the run. All processes must call it; one of them says why."""
+    tell_torchrun(f"train.py: {text}")
     sys.exit(f"train.py: {text}" if parallel.is_first() else 1)
 
 

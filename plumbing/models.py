@@ -4,8 +4,8 @@
     a run                   its finished model/, or else its newest checkpoint
     a checkpoint            out/RUN/checkpoints/step_N; that of a pruning run is cut out at its target shape
 
-Beside a model that train.py wrote stand pruning.json, which says what was kept, and trained_with.json, which says which
-tokenizer its text was prepared with and how far the data were read.
+Beside a model that train.py wrote stand pruning.json, which says what was kept; trained_with.json, which says which
+tokenizer its text was prepared with and how far the data were read; and checksums.json (checksums.py).
 """
 
 import hashlib
@@ -18,9 +18,10 @@ from torch import nn
 
 from masks import PruningMasks, extract
 from model import Llama, LlamaConfig
-from plumbing.checkpoint import read_tensors
+from plumbing import checkpoint, checksums, choices, records
 from plumbing.data import BatchReader, TokenData
-from plumbing.run import newest_checkpoint, read_state
+from plumbing.parallel import check_finite
+from plumbing.run import find_checkpoint, read_state, shapes_of
 from plumbing.tokenizer import fingerprint, load_tokenizer
 
 TOKENIZER_FILES = (  # what `transformers` may write beside the weights
@@ -43,30 +44,41 @@ def model_directory(path: str | Path) -> Path | None:
 def directory_of(model: str) -> Path:
     """The directory in Hugging Face's format of a model or a finished run. ValueError if there is none."""
     directory = model_directory(model)
-    if directory is None:
-        there = Path(model).is_dir()
-        what = "this run is not finished, run it to its end first" if there else "no such model or run"
-        raise ValueError(f"{model}: {what}")
-    return directory
+    if directory is not None:
+        return directory
+    if not Path(model).is_dir():
+        raise ValueError(f"{model}: no such model or run")
+    if (Path(model) / "state.json").is_file():
+        raise ValueError(
+            f"{model}: this is a checkpoint, and a model directory or a finished run is needed: give the run's path "
+            "when it is finished; --resume goes on from a checkpoint"
+        )
+    if (Path(model) / "metrics.jsonl").is_file():
+        raise ValueError(f"{model}: this run is not finished, run it to its end first")
+    raise ValueError(f"{model}: no model or run there: give a run's path, or that of a directory with a config.json")
 
 
 def load_model(path: str | Path) -> Llama:
-    """The model of a run, of one of its checkpoints, or of a model directory, in float32; ValueError if none."""
+    """The model of a run, of one of its checkpoints, or of a model directory, in float32. ValueError if there is none,
+    and where it is damaged."""
     path = Path(path)
     if (directory := model_directory(path)) is not None:
-        return Llama.from_pretrained(directory)
-    checkpoint = path if (path / "state.json").is_file() else newest_checkpoint(path)
-    if checkpoint is None:
+        checksums.check(directory)
+        model = Llama.from_pretrained(directory)
+        check_finite(dict(model.named_parameters()), directory)
+        return model
+    found = find_checkpoint(path)
+    if found is None:
         what = "has no model and no checkpoint yet" if path.is_dir() else "no such model, run or checkpoint"
         raise ValueError(f"{path}: {what}")
-    state = read_state(checkpoint)
-    source, target = LlamaConfig(**state["source"]), state["target"]
+    state = read_state(found)
+    source, target = shapes_of(state)
     tree = nn.ModuleDict({"model": Llama(source)})
     if target is not None:
-        tree["masks"] = PruningMasks(source, LlamaConfig(**target), 0)
-    weights = tree.state_dict()
-    read_tensors({"weights": weights}, checkpoint)
-    tree.load_state_dict(weights)
+        tree["masks"] = PruningMasks(source, target, 0)
+    checkpoint.load(tree, found)
+    if state["settled"]:
+        choices.settle_(tree["masks"])
     return tree["model"] if target is None else extract(tree["model"], tree["masks"])
 
 
@@ -93,29 +105,13 @@ def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> N
 def read_trained_with(directory: Path) -> dict | None:
     """What stands in trained_with.json, or None if there is none. ValueError where that is not what train.py writes."""
     file = directory / TRAINED_WITH
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text())
-        reader = found.setdefault("reader", None)
-        if not all(isinstance(found[key], str) for key in ("tokenizer", "fingerprint")):
-            raise ValueError("tokenizer and fingerprint must be text")
-        if reader is not None and not all(
-            isinstance(reader[key], kind) for key, kind in (("data", str), ("seq_len", int), ("order_seed", int))
-        ):
-            raise ValueError("reader has values of the wrong kind")
-        for counts in () if reader is None else (reader["sequences"], reader["others"]):
-            if not all(type(count) is int and count >= 0 for count in counts.values()):
-                raise ValueError("reader must count the sequences of each domain")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not what train.py writes ({error!r})") from None
-    return found
+    return records.read(file, records.TrainedWith, "what train.py writes") if file.is_file() else None
 
 
 def data_position(model: str) -> dict | None:
     """How far the data were read when the model was trained: a BatchReader's state_dict, or None if it is not known."""
     found = read_trained_with(directory_of(model))
-    return found["reader"] if found else None
+    return found.get("reader") if found else None
 
 
 def digest(model: str) -> str:
@@ -134,7 +130,7 @@ def digest(model: str) -> str:
 
 def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None, reader: BatchReader) -> None:
     """Write a model directory, with pruning.json (which indices were kept), the tokenizer files of `origin`, and
-    trained_with.json (which tokenizer, and which sequences of which data)."""
+    trained_with.json (which tokenizer, and which sequences of which data), and the checksums of all of them."""
     data = reader.data
     shutil.rmtree(path, ignore_errors=True)
     model.save_pretrained(path)
@@ -145,3 +141,4 @@ def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None,
     for name in TOKENIZER_FILES:
         if origin is not None and (origin / name).is_file():
             shutil.copy(origin / name, path)
+    checksums.write(path)

@@ -13,7 +13,7 @@ import gc
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -113,6 +113,29 @@ def from_first(value):
     return value
 
 
+def gather(value, group=None) -> list:
+    """The value of each process, a small Python object, in the order of their numbers. group: those that take part."""
+    values = [value]
+    if size() > 1:
+        values *= size()
+        dist.all_gather_object(values, value, group)
+    return values
+
+
+@contextmanager
+def together(group=None):
+    """An error of one process inside is raised in all of them, so that all end and none waits for another. Nothing
+    inside may talk to the other processes. group: those that take part."""
+    mine = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        mine = error
+    for error in gather(mine, group):
+        if error is not None:
+            raise error
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average the gradients of parameters that every process holds whole, in one message."""
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -143,7 +166,8 @@ def make_model(
     compiled: bool = False,
 ) -> Llama:
     """The model, or this process's shard of it, with the weights of `source`: a model directory, a seed to draw them
-    from, or None where a checkpoint will fill them in. It is never whole in memory where it is sharded.
+    from, or None where a checkpoint will fill them in. It is never whole in memory where it is sharded. ValueError
+    where `source` has not these weights, or one that is not finite.
 
     mesh, dtype: see `sharding`; weights and the sums of their gradients stay float32. checkpoint_layers, compiled:
     whether each layer is computed again in the backward pass, and whether it is compiled.
@@ -153,7 +177,6 @@ def make_model(
     if mesh is None:
         empty = {name: torch.empty_like(parameter, device=device) for name, parameter in model.named_parameters()}
         model = Llama.of_weights(config, empty)
-    read = open_weights(source, model) if isinstance(source, Path) else None
     model.checkpoint_layers = checkpoint_layers
     for layer in model.layers if compiled else ():
         layer.compile()
@@ -164,14 +187,23 @@ def make_model(
         model.to_empty(device=device)
         if config.tie_embeddings:  # fully_shard has made two parameters of the tied one
             model.lm_head.weight = model.embed_tokens.weight
-    with torch.no_grad():
-        if read is not None:
-            for name, parameter in model.named_parameters():
-                local(parameter).copy_(read(name, my_rows(parameter)))
-        elif source is not None:
+    if isinstance(source, Path):
+        read_weights(model, source)
+    elif source is not None:
+        with torch.no_grad():
             for parameter, (_, weight) in zip(model.parameters(), model.initial_weights(source)):
                 local(parameter).copy_(weight[my_rows(parameter)])
     return model
+
+
+@torch.no_grad()
+def read_weights(model: Llama, path: Path) -> None:
+    """Fill a model, or this process's shard of it, with the weights of a directory in Hugging Face's format. ValueError
+    unless the directory has just these weights, and all of them are finite."""
+    read = open_weights(path, model)
+    for name, parameter in model.named_parameters():
+        local(parameter).copy_(read(name, my_rows(parameter)))
+    check_finite(dict(model.named_parameters()), path)
 
 
 def read_model(path: Path, device: torch.device, mesh=None, dtype=None) -> Llama:
@@ -184,16 +216,41 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def check_finite(tensors: dict[str, Tensor], where: Path) -> None:
+    """ValueError where a tensor that was read from `where`, or this process's shard of it, has NaN or infinity."""
+    for name, x in tensors.items():
+        if not local(x).isfinite().all():
+            raise ValueError(f"{where}: {name} has values that are not finite")
+
+
+def parameters_of(tree: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter as the optimizer has it, whole or this process's shard: after an evaluation, FSDP still has
+    those of the outermost module whole."""
+    for module in tree.modules():
+        if is_sharded(module):
+            module.reshard()
+    return dict(tree.named_parameters())
+
+
+def is_shard(x: Tensor) -> bool:
+    """Whether this process holds only some rows of a tensor."""
+    return isinstance(x, DTensor)
+
+
 def local(x: Tensor) -> Tensor:
     """What this process holds of a parameter: all of it, or its shard."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_shard(x) else x
 
 
 def my_rows(x: Tensor) -> slice:
     """Which rows of a parameter those are."""
-    if not isinstance(x, DTensor):
-        return slice(None)
-    rows = -(-x.shape[0] // size())  # fully_shard cuts like torch.chunk: the last ones may be smaller, or empty
+    return share(x.shape[0]) if is_shard(x) else slice(None)
+
+
+def share(n: int) -> slice:
+    """Which of n rows are this process's, where each process has some: as fully_shard and torch.chunk cut them. The
+    last ones may have fewer rows, or none."""
+    rows = -(-n // size())
     return slice(rank() * rows, (rank() + 1) * rows)
 
 

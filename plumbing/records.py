@@ -7,7 +7,7 @@
     state.json                     State          a checkpoint
     pruning.json                   Pruning        what was kept (choices.py)
     trained_with.json              TrainedWith    a model's tokenizer, and how far the data were read (models.py)
-    checksums.json                 Checksums      of the files beside it (checkpoint.py, models.py)
+    checksums.json                 Checksums      of the files beside it (checksums.py)
     tokenizer_config.json          TokenizerConfig
     metrics.jsonl                  MetricsLine    one line of a run's measurements (log.py)
     questions, a .jsonl file       QuestionLine   one question (continuation.py)
@@ -28,6 +28,7 @@ MAX_INT, MAX_WINDOW = 2**62, 2**31
 Natural = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Above0 = Annotated[float, msgspec.Meta(gt=0)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 
@@ -45,6 +46,14 @@ def parse(text: bytes, kind: type[T], complaint: str) -> T:
     except RecursionError:
         raise ValueError(f"{complaint}: it is nested too deep") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ValueError(f"{complaint}: {error}") from None
+
+
+def convert(value: Any, kind: type[T], complaint: str) -> T:
+    """A value of this kind from a part that was read without one. ValueError as in `parse`."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.MsgspecError as error:
         raise ValueError(f"{complaint}: {error}") from None
 
 
@@ -210,7 +219,7 @@ class TrainedWith(TypedDict):
 
 
 class RunConfig(TypedDict):
-    """config.json of a run."""
+    """config.json of a run: all settings. Here is what must be there; settings.py has all."""
 
     steps: Positive
 
@@ -227,8 +236,8 @@ class History(TypedDict):
 class MixtureState(TypedDict):
     """What changes in a dro.Mixture, one value per domain."""
 
-    weights: list[Share]
-    ratio: list[Share]
+    weights: list[NotNegative]
+    ratio: list[NotNegative]
     reference: list[float | None]
     reference_is: list[Literal["given", "predicted", "seen"] | None]
     history: History
@@ -243,13 +252,15 @@ class State(TypedDict):
     digests: dict[str, str]
     source: dict[str, Any]
     target: dict[str, Any] | None
+    settled: bool  # whether the gates' choice is fixed
     mixture: MixtureState
     reader: ReaderState
     unlogged: list[list[float]]
-    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    seconds: NotNegative
 
 
 Checksums = dict[Text, Text]  # name of a file -> its checksum
+FirstRows = dict[Text, Natural]  # name of a tensor -> number of its first row in a file of a checkpoint
 
 
 ByDomain = dict[str, float | None]

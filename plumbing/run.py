@@ -16,21 +16,24 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from plumbing import checkpoint, parallel
+from masks import PruningMasks, check_target
+from model import LlamaConfig
+from plumbing import checkpoint, checksums, parallel, records
 
-STATE = {  # keys of state.json
-    *("step", "metrics_bytes", "settings", "digests", "source", "target", "mixture", "reader", "unlogged", "seconds"),
-}
+KNOWN_BY_CONTENT = {"data", "init_from"}  # settings that name files, which may move: `digests` tell what they hold
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, the one with the most steps last."""
-    found = [p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+    found = [p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdecimal()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -39,17 +42,51 @@ def newest_checkpoint(run: Path) -> Path | None:
     return next(reversed(checkpoints(run)), None)
 
 
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest one of the run that `path` is; None if there is none."""
+    return path if (path / "state.json").is_file() else newest_checkpoint(path)
+
+
 def read_state(checkpoint: Path) -> dict:
-    """What the state.json of a checkpoint holds. ValueError where it is not whole, or of an older version."""
+    """What the state.json of a checkpoint holds. ValueError where it is damaged, of another version, or where its parts
+    do not belong together."""
     file = checkpoint / "state.json"
+    checksums.check(checkpoint, file.name)
+    state = records.read(file, records.State, "the state of a run, or that of another version of train.py")
     try:
-        state = json.loads(file.read_text())
-        missing = STATE - state.keys()
-    except (ValueError, AttributeError):
-        raise ValueError(f"{file}: damaged, it is not a JSON object") from None
-    if missing:
-        raise ValueError(f"{file}: written by another version of train.py: {', '.join(sorted(missing))} missing")
+        check_state(state)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not the state of a run: {error}") from None
     return state
+
+
+def check_state(state: dict) -> None:
+    """ValueError or TypeError unless the parts of a state, each of which has its type, belong together."""
+    steps = records.convert(state["settings"], records.RunConfig, "settings")["steps"]
+    if state["step"] > steps:
+        raise ValueError(f"step {state['step']} of {steps}")
+    source, target = shapes_of(state)
+    if target is not None:
+        check_target(source, target)
+    reader, mixture, unlogged = state["reader"], state["mixture"], state["unlogged"]
+    history, domains = mixture["history"], list(reader["sequences"])
+    if list(reader["first"]) != domains or any(reader["first"][d] > reader["sequences"][d] for d in domains):
+        raise ValueError("reader: `first` does not precede `sequences`")
+    by_domain = [mixture[key] for key in ("weights", "ratio", "reference", "reference_is")]
+    by_domain += [*history["tokens"], *history["losses"], *unlogged]
+    if any(len(values) != len(domains) for values in by_domain) or len(unlogged) != 2:
+        raise ValueError(f"mixture or unlogged have not one value for each of {len(domains)} domains")
+    if len({len(points) for points in history.values()}) > 1:
+        raise ValueError("mixture: the lists of `history` differ in length")
+    if abs(sum(mixture["weights"]) - 1) > 1e-3 or abs(sum(mixture["ratio"]) - 1) > 1e-3 or 0 in mixture["ratio"]:
+        raise ValueError("mixture: weights or ratio are no shares")
+
+
+def shapes_of(state: dict) -> tuple[LlamaConfig, LlamaConfig | None]:
+    """Shape of the model that a state belongs to, and the shape that it is pruned to, if it is. ValueError or TypeError
+    where they cannot be."""
+    source, target = state["source"], state["target"]
+    return LlamaConfig(**source), None if target is None else LlamaConfig(**target)
 
 
 def flush(directory: Path) -> None:
@@ -63,109 +100,156 @@ def flush(directory: Path) -> None:
 
 
 class Run:
-    """A run's directory.
+    """A run's directory. Nothing in it changes before `open`.
 
     finished    whether it has a model, of as many steps as are asked for
     checkpoint  the checkpoint that the run goes on from, or None
     origin      the directory of the run that this checkpoint is of: another one where `resume` names it
     state       what that checkpoint's state.json holds, or None
     changed     setting -> (what it was, what it is now), for those that changed and may
+    digests     what tells the content of the data and of the model it starts from: see `check_content`
     signals     the signals that told this process to stop
 
     resume: 'auto' goes on from the newest checkpoint; 'never' refuses where there is one; the path of a run or of one
     of its checkpoints is what a new run goes on from, and is not touched. A run that has checkpoints of its own goes on
-    from those. digests: setting that names a file -> what tells its content from others, so that it may have moved.
-    ValueError where the run was started with other settings: only those in `free` may change, and `steps` may grow; a
-    new run that `resume` starts from another one may change all. ValueError, too, where the path is no run, for an
-    older checkpoint of its own, and where metrics.jsonl lacks what was logged before the checkpoint.
+    from those. Several processes must make it within `parallel.together`.
+
+    ValueError where another process is at work on the run, and where the run was started with other settings: only
+    those in `free` may change, and `steps` may grow; a new run that `resume` starts from another one may change all.
+    ValueError, too, where the path is no run, for an older checkpoint of its own, and where metrics.jsonl lacks what
+    was logged before the checkpoint.
     """
 
-    def __init__(self, out: str, settings: dict, free: set[str], resume: str = "auto", digests: dict | None = None):
-        self.path, self.settings, self.free, self.digests = Path(out), settings, free, digests or {}
-        self.metrics = self.timings = self.pending = self.group = None
+    def __init__(self, out: str, settings: dict, free: set[str], resume: str = "auto"):
+        self.path, self.settings, self.free = Path(out), settings, free
+        self.digests: dict[str, str] = {}
         self.signals: list[int] = []
-        has_model = (self.path / "model" / "config.json").exists()
-        self.checkpoint = self._find_checkpoint(resume, has_model)
+        self.metrics = self.timings = self.pending = self.group = None
+        if (self.path / "metrics.jsonl").is_file():
+            with suppress(OSError):  # it cannot be written: `open` will say so, if it comes to that
+                self._lock()
+        self.has_model = (self.path / "model" / "config.json").is_file()
+        self.checkpoint = self._find_checkpoint(resume)
         self.origin, self.state, self.changed = self.path, None, {}
         if self.checkpoint:
             self.origin = self.checkpoint.parent.parent
             self.state = read_state(self.checkpoint)
-            self._check_log()
-            self._check_content()
-            if self.origin != self.path and self.state["step"] >= settings["steps"]:
-                raise ValueError(f"steps = {settings['steps']}: {self.checkpoint} has {self.state['step']} already")
-            self.changed = self._changes(self.state["settings"], moved=set(self.digests))
-        self._check_settings()
-        grown = self.state is not None and self.state["step"] < settings.get("steps", 0)
-        self.finished = has_model and not grown
+            self._check_checkpoint()
+        if self.checkpoint is None or self.origin != self.path:
+            self._check_config()
+        self.finished = self.has_model and not (self.state and self.state["step"] < settings["steps"])
 
-    def _find_checkpoint(self, resume: str, has_model: bool) -> Path | None:
+    def _lock(self) -> None:
+        """Open metrics.jsonl and keep it for this process until it ends, however it does. ValueError if another process
+        has it."""
+        if self.metrics is not None or not parallel.is_first():
+            return
+        self.metrics = open(self.path / "metrics.jsonl", "ab")
+        try:
+            fcntl.lockf(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path}: another process is at work on this run") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _find_checkpoint(self, resume: str) -> Path | None:
+        """Its own newest checkpoint. Or else, where nothing is there yet, the one that `resume` names."""
         own, given = newest_checkpoint(self.path), Path(resume).absolute()
-        if resume == "never" and (has_model or own):
-            raise ValueError(f"{self.path} holds a run already: remove it, or choose another --out, or resume='auto'")
+        if resume == "auto":
+            return own
+        if resume == "never":
+            if own or self.has_model:
+                raise ValueError(
+                    f"{self.path} holds a run already: remove it, or choose another --out, or resume='auto'"
+                )
+            return None
         if own and given.parent == own.parent.absolute() and given.name != own.name:
             raise ValueError(
                 f"resume = '{resume}': {self.path} goes on from its newest checkpoint, {own.name}; to go back, "
                 "choose another --out"
             )
-        if resume in ("auto", "never") or has_model or own:
+        if own or self.has_model:
             return own
-        found = given if (given / "state.json").is_file() else newest_checkpoint(given)
+        found = find_checkpoint(given)
         if found is None:
             raise ValueError(f"resume = '{resume}': no checkpoint there; it is 'auto', 'never', a run or a checkpoint")
         return found
 
-    def _check_log(self) -> None:
+    def _check_checkpoint(self) -> None:
+        """Hold the log and the settings against those of the checkpoint. A new run may change all settings."""
         logged = self.origin / "metrics.jsonl"
         if not logged.is_file() or logged.stat().st_size < self.state["metrics_bytes"]:
             raise ValueError(f"{logged}: what was logged before {self.checkpoint.name} is not there any more")
+        self.changed = self._changes(self.checkpoint / "state.json", self.state["settings"])
+        for name in KNOWN_BY_CONTENT:
+            self.changed.pop(name, None)
+        if self.origin == self.path:
+            self._refuse({k: (was, now) for k, (was, now) in self.changed.items() if k != "steps" or now < was})
+        elif self.state["step"] >= self.settings["steps"]:
+            raise ValueError(f"steps = {self.settings['steps']}: {self.checkpoint} has {self.state['step']} already")
 
-    def _check_content(self) -> None:
-        for setting, digest in self.digests.items():
-            if self.state["digests"].get(setting) != digest:
-                raise ValueError(
-                    f"{setting} = {self.settings[setting]!r} is not what {self.origin} was started with: it was made "
-                    "again, with other content"
-                )
+    def _check_config(self) -> None:
+        """Hold the settings against config.json: a run that was begun, but has no checkpoint, is known by it."""
+        config = self.path / "config.json"
+        if config.exists():
+            complaint = f"{config} is not the config.json of a run, choose another --out"  # it would be overwritten
+            begun = records.parse(config.read_bytes(), dict[str, Any], complaint)
+            records.convert(begun, records.RunConfig, complaint)
+            self._refuse(self._changes(config, begun))
 
-    def _changes(self, old: dict, moved: set[str] = frozenset()) -> dict:
-        same = self.free | moved
-        return {k: (old.get(k), new) for k, new in self.settings.items() if k not in same and old.get(k) != new}
+    def _changes(self, file: Path, before: dict) -> dict[str, tuple]:
+        """What differs between the settings of a file and those of this run, without those that are free."""
+        if unknown := before.keys() - self.settings.keys():
+            raise ValueError(f"{file}: this version of train.py has no setting {', '.join(sorted(unknown))}")
+        bound = self.settings.keys() - self.free
+        return {k: (before.get(k), v) for k, v in self.settings.items() if k in bound and before.get(k) != v}
 
-    def _check_settings(self) -> None:
-        config, changed = self.path / "config.json", dict(self.changed)
-        if config.exists() and (self.checkpoint is None or self.origin != self.path):
-            old = json.loads(config.read_text())
-            if not isinstance(old, dict) or "steps" not in old:  # it would be overwritten: of a model, say
-                raise ValueError(f"{config} is not the config.json of a run, choose another --out")
-            changed = self._changes(old)
-        elif self.origin != self.path:
-            return
-        was, now = changed.get("steps", (0, 0))
-        if self.checkpoint and now > was:
-            del changed["steps"]
+    def _refuse(self, changed: dict[str, tuple]) -> None:
         if changed:
             what = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in changed.items())
             raise ValueError(f"{self.path} was started with other settings, choose another --out: {what}")
 
+    def check_content(self, digests: dict[str, str]) -> None:
+        """ValueError where the data or the model that the run starts from have other content than when it was begun.
+        digests: setting that names a file -> what tells its content from others."""
+        self.digests = digests
+        before = self.state["digests"] if self.state else digests
+        for name in sorted(before.keys() | digests.keys()):
+            if before.get(name) != digests.get(name):
+                raise ValueError(
+                    f"{name} = {self.settings[name]!r} is not what {self.origin} was started with: it is another one, "
+                    "or it was made again, with other content"
+                )
+
+    def check_model(self, shape: LlamaConfig, masks: PruningMasks | None) -> None:
+        """ValueError unless the checkpoint, if there is one, has a model of this shape, and these gates."""
+        if self.state is None:
+            return
+        source, target = shapes_of(self.state)
+        was, now = asdict(source), asdict(shape)
+        if changed := [f"{key} was {was[key]!r}, now {now[key]!r}" for key in was if was[key] != now[key]]:
+            raise ValueError(f"{self.checkpoint}: its model has another shape: {', '.join(changed)}")
+        its = PruningMasks(source, target, 0).distributions() if target else {}
+        mine = masks.distributions() if masks else {}
+        if list(its) != list(mine):
+            its, mine = (", ".join(gates) or "nothing" for gates in (its, mine))
+            raise ValueError(f"{self.checkpoint}: it has gates for {its}, and these settings need gates for {mine}")
+
     def open(self) -> None:
-        """Make the directory and open the logs: nothing is written before everything was found to be right. From now on
-        SIGTERM and Ctrl-C do not end the process: `interrupted` tells of them."""
+        """Make the directory and open the logs: everything was found to be right. From now on SIGTERM and Ctrl-C do not
+        end the process: `interrupted` tells of them. OSError where nothing can be written."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: self.signals.append(number))
-        parallel.barrier()  # until all have looked
         if parallel.size() > 1:
             self.group = dist.new_group(backend="gloo")  # an asynchronous save talks while training talks
-        if not parallel.is_first():
-            return
+        with parallel.together():
+            if parallel.is_first():
+                self._begin_to_write()
+
+    def _begin_to_write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self.metrics, self.timings = (open(self.path / name, "ab") for name in ("metrics.jsonl", "timings.jsonl"))
-        try:
-            fcntl.lockf(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
-        except BlockingIOError:
-            raise ValueError(f"{self.path}: another process is at work on this run") from None
-        except OSError:
-            pass  # a file system without locks
+        self._lock()
+        self.timings = open(self.path / "timings.jsonl", "ab")
         partial = self.path / "config.json.partial"
         partial.write_text(json.dumps(self.settings, indent=2) + "\n")
         os.replace(partial, self.path / "config.json")
@@ -222,7 +306,7 @@ class Run:
         if saving is not None:
             if not wait and not saving.done():
                 return
-            checkpoint.wait(saving)
+            saving.result()
         self.pending = None
         if parallel.is_first():  # it ends its part of a save only after all others
             flush(partial)
@@ -232,7 +316,7 @@ class Run:
 
     def load(self, tree: nn.Module, optimizer) -> None:
         """Load weights and optimizer state from the checkpoint that this run goes on from, in place."""
-        checkpoint.load(tree, optimizer, self.checkpoint)
+        checkpoint.load(tree, self.checkpoint, optimizer)
 
 
 def append(file, line: dict) -> None:

@@ -1,19 +1,24 @@
 """What survives: full disks, saves in the background, a start from somebody else's checkpoint."""
 
+import ast
 import json
 import re
 import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, metrics, run
-from torch.distributed import checkpoint as dcp
+from conftest import ROOT, SHAPE, TARGET, metrics, run
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 
 import eval as eval_module
 import train
+from plumbing import checkpoint
+from plumbing.models import load_model
 from plumbing.run import Run, newest_checkpoint
 
 
@@ -22,7 +27,7 @@ def test_a_full_disk_loses_nothing_older(chain, tmp_path, monkeypatch):
     out, args = chain
     mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["prune"]]
     assert run(monkeypatch, *mine, "--stop_at=30") == 0
-    (weights,) = (tmp_path / "x" / "checkpoints" / "step_000030").glob("*.distcp")
+    (weights,) = (tmp_path / "x" / "checkpoints" / "step_000030").glob("optimizer-*.safetensors")
     limit = weights.stat().st_size // 2
     done = subprocess.run(
         [sys.executable, "train.py", *SHAPE, *map(str, mine)],
@@ -103,24 +108,219 @@ def test_what_changes_elsewhere_is_what_counts_there(chain, tmp_path, monkeypatc
         assert words in err and err.count("\n") == 1
 
 
-def test_a_state_that_is_not_ours_is_one_line(chain, tmp_path, monkeypatch, capsys):
-    out, args = chain
-    again = shutil.copytree(out["continue"], tmp_path / "x")
-    mine = [f"--out={again}" if a.startswith("--out=") else a for a in args["continue"]]
-    state = newest_checkpoint(again) / "state.json"
-    for text, words in (("{", "not a JSON object"), ("[]", "not a JSON object"), ("{}", "another version of train.py")):
-        state.write_text(text)
-        assert run(monkeypatch, *mine) == 2
+def everything(folder):
+    """path -> content of each file, None for a directory: what a refused command must leave as it is."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """A function that asserts that train.py refuses its arguments: status 2, one line with some words, and nothing is
+    changed in a folder."""
+
+    def check(folder, words, *args):
+        before = everything(folder)
+        capsys.readouterr()
+        assert run(monkeypatch, *args) == 2, args
         err = capsys.readouterr().err
-        assert "state.json: " in err and words in err and err.count("\n") == 1
+        assert words in err and err.startswith("train.py: ") and err.count("\n") == 1, err
+        assert everything(folder) == before
+
+    return check
+
+
+@pytest.fixture
+def stopped(chain, tmp_path):
+    """A pruning run without its model, as if it had been stopped after its last checkpoint, and the command for it."""
+    out, args = chain
+    x = shutil.copytree(out["prune"], tmp_path / "x")
+    shutil.rmtree(x / "model")
+    return x, [f"--out={x}" if a.startswith("--out=") else a for a in args["prune"]]
+
+
+def without_checksums(folder):
+    """As if the damage had been done before the checksums were."""
+    (folder / "checksums.json").unlink(missing_ok=True)
+    return folder
+
+
+STATES = {  # what is wrong: how it is made, what the line must say
+    "no JSON": (lambda s: "{", "state.json: not the state of a run"),
+    "a list": (lambda s: [], "Expected `object`, got `array`"),
+    "empty": (lambda s: {}, "Object missing required field `step`"),
+    "more steps than it was to have": (lambda s: s | {"step": 99}, "step 99 of 60"),
+    "steps that are text": (lambda s: s | {"settings": s["settings"] | {"steps": "60"}}, "Expected `int`, got `str`"),
+    "an unknown setting": (lambda s: s | {"settings": s["settings"] | {"lrr": 1}}, "no setting lrr"),
+    "no shape": (lambda s: s | {"source": s["source"] | {"n_head": 0}}, "n_head = 0 must be"),
+    "a key that no shape has": (lambda s: s | {"source": s["source"] | {"depth": 3}}, "'depth'"),
+    "another shape": (lambda s: s | {"source": s["source"] | {"d_ffn": 64}}, "d_ffn was 64, now 48"),
+    "a target beyond the source": (lambda s: s | {"target": s["target"] | {"d_ffn": 64}}, "64"),
+    "other gates": (lambda s: s | {"target": s["target"] | {"d_ffn": 48}}, "gates for layer, hidden, head, and these"),
+    "a domain too few": (lambda s: s | {"mixture": s["mixture"] | {"ratio": [0.5, 0.5]}}, "each of 3 domains"),
+    "weights that are no shares": (lambda s: s | {"mixture": s["mixture"] | {"weights": [1, 1, 1]}}, "no shares"),
+    "sums of one kind": (lambda s: s | {"unlogged": s["unlogged"][:1]}, "unlogged"),
+    "more read before than now": (
+        lambda s: s | {"reader": s["reader"] | {"first": dict.fromkeys(s["reader"]["first"], 10**9)}},
+        "does not precede",
+    ),
+    "a huge number": (lambda s: json.dumps(s).replace('"step": 60', '"step": 1' + "0" * 400), "state.json"),
+    "nested too deep": (lambda s: '{"settings": {"a": ' + "[" * 100_000, "nested too deep"),
+}
+
+
+def test_a_state_that_is_not_ours_is_one_line(stopped, refused):
+    x, args = stopped
+    folder = without_checksums(newest_checkpoint(x))
+    state = json.loads((folder / "state.json").read_text())
+    for make, words in STATES.values():
+        content = make(state)
+        (folder / "state.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        refused(x, words, *args)
+
+
+def test_what_stands_beside_a_model_is_checked(chain, tmp_path, refused):
+    out, args = chain
     source = shutil.copytree(out["prune"], tmp_path / "source")
     mine = [f"--init_from={source}" if a.startswith("--init_from=") else a for a in args["continue"]]
+    file = without_checksums(source / "model") / "trained_with.json"
     for text in ("{", "[]", "{}", '{"tokenizer": "byte", "fingerprint": "x", "reader": {"data": 1}}'):
-        (source / "model" / "trained_with.json").write_text(text)
-        assert run(monkeypatch, *mine, f"--out={tmp_path / 'y'}") == 2
-        err = capsys.readouterr().err
-        assert "trained_with.json: not what train.py writes" in err and err.count("\n") == 1
-        assert not (tmp_path / "y").exists()
+        file.write_text(text)
+        refused(tmp_path, "trained_with.json: not what train.py writes", *mine, f"--out={tmp_path / 'y'}")
+
+
+def flipped(file, at=None):
+    """Damage a byte of a file, in the middle or somewhere else; returns what it was."""
+    whole = file.read_bytes()
+    at = len(whole) // 2 if at is None else at
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    return whole
+
+
+def test_damage_is_seen_in_each_file(chain, stopped, tmp_path, refused):
+    out, args = chain
+    x, mine = stopped
+    checkpoint = newest_checkpoint(x)
+    names = {file.name for file in checkpoint.iterdir()}
+    parts = {"weights-1-of-1.safetensors", "optimizer-1-of-1.safetensors"}
+    assert names == {"state.json", "checksums.json"} | parts
+    for name in names:
+        whole = flipped(checkpoint / name, at=len((checkpoint / name).read_bytes()) - 9)
+        refused(x, "checksum", *mine)
+        if not name.startswith("optimizer"):
+            with pytest.raises(ValueError, match=re.escape(str(checkpoint))):
+                load_model(x)
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        refused(x, str(checkpoint / name), *mine)
+        (checkpoint / name).unlink()
+        if name != "checksums.json":  # a directory without it is read as it is
+            refused(x, name, *mine)
+        (checkpoint / name).write_bytes(whole)
+    model = shutil.copytree(out["prune"] / "model", tmp_path / "model")
+    start = [f"--init_from={model}" if a.startswith("--init_from=") else a for a in args["continue"]]
+    for file in sorted(model.iterdir()):
+        whole = flipped(file)
+        refused(tmp_path, str(model), *start, f"--out={tmp_path / 'y'}")
+        with pytest.raises(ValueError, match=re.escape(str(model))):
+            load_model(model)
+        file.write_bytes(whole)
+    load_model(model)
+
+
+def test_a_weight_that_is_not_finite_is_named(chain, stopped, tmp_path, refused):
+    out, args = chain
+    x, mine = stopped
+    for folder, file, name, command in (
+        (newest_checkpoint(x), "weights-1-of-1.safetensors", "model.norm.weight", mine),
+        (newest_checkpoint(x), "optimizer-1-of-1.safetensors", "masks.ffn.log_alpha.exp_avg", mine),
+        (shutil.copytree(out["prune"] / "model", tmp_path / "model"), "model.safetensors", "norm.weight",
+         [*args["continue"], f"--init_from={tmp_path / 'model'}", f"--out={tmp_path / 'y'}"]),
+        (shutil.copytree(out["pretrain"] / "model", tmp_path / "source"), "model.safetensors", "norm.weight",
+         [*args["pretrain"], f"--init_from={tmp_path / 'source'}", f"--out={tmp_path / 'y'}", "--gates=random",
+          *TARGET]),
+    ):  # fmt: skip
+        without_checksums(folder)
+        whole = (folder / file).read_bytes()
+        with safe_open(folder / file, "pt") as opened:
+            tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()
+        next(v for k, v in tensors.items() if k.endswith(name)).view(-1)[-1] = torch.inf
+        save_file(tensors, folder / file, metadata)
+        refused(tmp_path, f"{name} has values that are not finite", *command)
+        (folder / file).write_bytes(whole)
+
+
+def test_nothing_that_is_read_can_run(stopped, tmp_path, refused):
+    """Pickles that would make a file: an older checkpoint, the files of one, a weight. And rows that are missing."""
+    x, args = stopped
+    checkpoint, made = without_checksums(newest_checkpoint(x)), tmp_path / "made"
+    pickled = f"cbuiltins\nopen\n(V{made}\nVw\ntR.".encode()  # open(made, "w"), as pickle would do it
+    weights, optimizer = (checkpoint / f"{kind}-1-of-1.safetensors" for kind in ("weights", "optimizer"))
+    with safe_open(weights, "pt") as opened:
+        tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()
+    late = {"first_rows": json.dumps(json.loads(metadata["first_rows"]) | {"model.norm.weight": 1})}
+    as_weight = tensors | {"model.norm.weight": torch.frombuffer(bytearray(pickled), dtype=torch.uint8)}
+    whole = weights.read_bytes()
+    for file, content, words in (
+        (checkpoint / ".metadata", pickled, "an older version of train.py wrote this with pickle"),
+        (checkpoint / "state.json", pickled, "state.json: not the state of a run"),
+        (optimizer, pickled, "optimizer-1-of-1.safetensors: damaged"),
+        (weights, pickled, "weights-1-of-1.safetensors: damaged"),
+        (weights, save(as_weight, metadata), f"model.norm.weight, U8 ({len(pickled)},), does not belong"),
+        (weights, save(tensors), "first_rows in its header"),
+        (weights, save(tensors, {"first_rows": "{}"}), "does not belong to this run"),
+        (weights, save(tensors, late), "have not all 32 rows of model.norm.weight"),
+        (weights, save({name: x[:1] for name, x in tensors.items()}, metadata), "have not all"),
+    ):
+        before = file.read_bytes() if file.exists() else None
+        file.write_bytes(content)
+        refused(x, words, *args)
+        if file != optimizer:  # which is not read for a model alone
+            with pytest.raises(ValueError):
+                load_model(x)
+        file.unlink() if before is None else file.write_bytes(before)
+    assert not made.exists() and weights.read_bytes() == whole
+
+
+def test_no_file_of_ours_runs_what_it_reads():
+    """No pickle, no code from data: neither by name nor by option."""
+    modules = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    calls = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "dcp.load", "dcp.save"}
+    options = {"weights_only", "allow_pickle", "trust_remote_code"}
+    folders = [f for f in ROOT.iterdir() if f.is_dir() and f.name[0] != "." and f.name not in ("out", "data", "venv")]
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in folder.rglob("*.py"))]
+    assert {ROOT / "train.py", ROOT / "plumbing" / "checkpoint.py", Path(__file__)} <= set(files)
+    found = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = set()
+            if isinstance(node, ast.Import):
+                names = {name.name.partition(".")[0] for name in node.names} & modules
+            elif isinstance(node, ast.ImportFrom):
+                names = {(node.module or "").partition(".")[0]} & modules
+            elif isinstance(node, ast.Call):
+                names = {ast.unparse(node.func)} & calls | {keyword.arg for keyword in node.keywords} & options
+            found += [f"{file}:{node.lineno}: {name}" for name in names]
+    assert not found
+
+
+def test_what_is_needed_is_said(chain, stopped, tmp_path, monkeypatch, capsys, refused):
+    """A checkpoint as a start, other gates, a directory that is no run; and a finished run needs nothing any more."""
+    out, args = chain
+    x, mine = stopped
+    new = [a for a in args["continue"] if not a.startswith("--out=")] + [f"--out={tmp_path / 'y'}"]
+    refused(tmp_path, "this is a checkpoint, and a model directory or a finished run is needed", *new,
+            f"--init_from={newest_checkpoint(x)}")  # fmt: skip
+    refused(tmp_path, "this run is not finished", *new, f"--init_from={x}")
+    refused(tmp_path, "no model or run there", *new, f"--init_from={tmp_path}")
+    fewer = [a for a in mine if not a.startswith(("--out=", "--target_d_ffn=", "--target_n_layer="))]
+    refused(tmp_path, "it has gates for layer, hidden, head, ffn, and these settings need gates for hidden, head",
+            *fewer, f"--resume={x / 'checkpoints' / 'step_000050'}", f"--out={tmp_path / 'y'}")  # fmt: skip
+    done = shutil.copytree(out["continue"], tmp_path / "done")
+    source = shutil.copytree(out["prune"], tmp_path / "source")
+    mine = [a for a in args["continue"] if not a.startswith(("--out=", "--init_from="))]
+    mine += [f"--out={done}", f"--init_from={source}"]
+    assert run(monkeypatch, *mine) == 0 and "is finished already" in capsys.readouterr().out
+    shutil.rmtree(source)
+    assert run(monkeypatch, *mine) == 0 and "is finished already" in capsys.readouterr().out
 
 
 def test_data_and_source_may_move(chain, tiny_data, tmp_path, monkeypatch, capsys):
@@ -161,10 +361,10 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(in_background, tmp_path)
             model.weight.copy_(expected[step])
     assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     for step in (2, 3):
-        found = {"weights": {"weight": torch.zeros(300, 300), "bias": torch.zeros(300)}}
+        found = torch.nn.Linear(300, 300)
         where = tmp_path / "x" / "checkpoints" / f"step_{step:06d}"
-        dcp.load(found, checkpoint_id=where, no_dist=True)
-        assert torch.equal(found["weights"]["weight"], expected[step])
+        checkpoint.load(found, where)
+        assert torch.equal(found.weight, expected[step])
         state = json.loads((where / "state.json").read_text())
         assert state["step"] == step and state["metrics_bytes"] == sum(
             len(f'{{"step": {i}}}\n') for i in range(1, step + 1)
@@ -173,8 +373,8 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(in_background, tmp_path)
 
 def test_a_run_that_gives_up_keeps_the_checkpoint_it_is_writing(tiny_data, tmp_path, monkeypatch):
     args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=20", "--log_interval=4"]
-    save, whole = Run.save, train.Llama.forward
-    monkeypatch.setattr(Run, "save", lambda *a, **k: save(*a, **{**k, "in_background": True}))
+    save_it, whole = Run.save, train.Llama.forward
+    monkeypatch.setattr(Run, "save", lambda *a, **k: save_it(*a, **{**k, "in_background": True}))
     calls = []
 
     def poisoned(self, tokens, z=None, targets=None, cache=None):
@@ -244,17 +444,14 @@ def test_a_run_goes_on_with_its_own_data_and_whole_checkpoints(tiny_data, tmp_pa
     (data / "meta.json").write_text(meta)
     copy = shutil.copytree(x / "checkpoints" / "step_000010", x / "checkpoints" / "step_000010-mine")
     shutil.copytree(copy, copy.with_name("step_000010_2"))
-    (weights,) = (x / "checkpoints" / "step_000010").glob("*.distcp")
+    (weights,) = (x / "checkpoints" / "step_000010").glob("weights-*")
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])
-    assert run(monkeypatch, *args) == 2
-    err = capsys.readouterr().err
-    assert "step_000010: damaged" in err and err.count("\n") == 1
     monkeypatch.setattr(sys, "argv", ["eval.py", str(x), f"--data={data}"])
     with pytest.raises(SystemExit) as end:
         eval_module.main()
     err = capsys.readouterr().err
-    assert end.value.code == 2 and "step_000010: damaged" in err and err.count("\n") == 1
+    assert end.value.code == 2 and "weights-1-of-1.safetensors: damaged" in err and err.count("\n") == 1
     weights.write_bytes(whole)
     assert run(monkeypatch, *args, "--stop_at=20", "--keep_checkpoints=2") == 0
     assert run(monkeypatch, *args, f"--resume={x / 'checkpoints' / 'step_000010'}") == 2  # no silent way back
