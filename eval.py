@@ -167,7 +167,7 @@ def main():
         check(args, data, models)
         tokenizer = questions = None
         if args.asking or args.sample is not None:
-            tokenizer = load_tokenizer(data.tokenizer)
+            tokenizer = load_tokenizer(data.tokenizer, f"--data {args.data}: its tokenizer")
         if args.asking:
             asked = make_or_read(data, tokenizer, args.split, args.sequences, args.seed, args.questions)
             questions = {domain: [encode(tokenizer, q) for q in of_domain] for domain, of_domain in asked.items()}

@@ -227,9 +227,8 @@ class PruningMasks(nn.Module):
         d, groups = survivors_of(left.hidden, s.d_model), survivors_of(left.head, s.n_kv_head)
         ffn = survivors_of(left.ffn, s.d_ffn)
         layer = torch.ones(s.n_layer) if left.layer is None else left.layer.cpu()  # (L,)
-        attention = 2 * d * groups * (s.n_head // s.n_kv_head + 1) * s.head_dim
         embeddings = s.vocab_size * (1 if s.tie_embeddings else 2) * d
-        return float((layer * (attention + 3 * d * ffn + 2 * d)).sum() + embeddings + d)
+        return float((layer * (s.attention_params(d, groups) + d * (3 * ffn + 2))).sum() + embeddings + d)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -301,8 +300,12 @@ def extract(model: Llama, masks: PruningMasks) -> Llama:
             ("mlp.up_proj", gates.ffn, ffn, hidden),
             ("mlp.down_proj", gates.out, hidden, ffn),
         ):
-            weight = layer.get_parameter(f"{name}.weight")
-            weights[f"layers.{new}.{name}.weight"] = scale_rows(weight, row_gate)[rows][:, columns]
+            old_map, name = layer.get_submodule(name), f"layers.{new}.{name}"
+            weights[f"{name}.weight"] = scale_rows(old_map.weight, row_gate)[rows][:, columns]
+            if old_map.bias is not None:
+                weights[f"{name}.bias"] = scale_rows(old_map.bias, row_gate)[rows]
+        for name in ("self_attn.q_norm", "self_attn.k_norm") if masks.source.qk_norm else ():
+            weights[f"layers.{new}.{name}.weight"] = layer.get_parameter(f"{name}.weight").clone()
         for name in ("input_layernorm", "post_attention_layernorm"):
             weight = layer.get_parameter(f"{name}.weight")
             weights[f"layers.{new}.{name}.weight"] = scale_rows(weight, gates.hidden)[hidden]

@@ -17,7 +17,7 @@ Shapes: B batch, T time, D d_model, H query heads, G key/value heads (groups), K
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +52,11 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     rope_scaling: dict | None = None  # Llama 3's, with Hugging Face's keys: see `rope`
+    qkv_bias: bool = False  # Qwen2: q, k and v have biases
+    qk_norm: bool = False  # Qwen3: q and k are normed, each head for itself
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    others: dict = field(default_factory=dict, compare=False)  # keys of a config.json that are written as they were
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ffn", "max_seq_len"):
@@ -73,10 +76,16 @@ class LlamaConfig:
 
     def n_params(self) -> int:
         """Number of parameters, tied embeddings counted once."""
-        attention = 2 * self.d_model * (self.n_head + self.n_kv_head) * self.head_dim
-        layer = attention + 3 * self.d_model * self.d_ffn + 2 * self.d_model
+        layer = self.attention_params(self.d_model, self.n_kv_head) + self.d_model * (3 * self.d_ffn + 2)
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         return self.n_layer * layer + embeddings + self.d_model
+
+    def attention_params(self, d, groups):
+        """Parameters of one layer's attention where d hidden dimensions and so many KV groups are left: numbers, or
+        tensors of a number per layer."""
+        q_and_k = groups * (self.n_head // self.n_kv_head + 1) * self.head_dim
+        biases = q_and_k + groups * self.head_dim if self.qkv_bias else 0
+        return 2 * d * q_and_k + biases + (2 * self.head_dim if self.qk_norm else 0)
 
 
 class Gates(NamedTuple):
@@ -102,9 +111,10 @@ class Gates(NamedTuple):
         return self.layer * self.hidden
 
 
-def scale_rows(weight: Tensor, z: Tensor | None) -> Tensor:
-    """z·W: gate the outputs of a linear map W (O, I) or of a norm (O,). z: one per output (O,), or one for all ()."""
-    if z is None:
+def scale_rows(weight: Tensor | None, z: Tensor | None) -> Tensor | None:
+    """z·W: gate the outputs of a linear map W (O, I), of its bias or of a norm (O,). z: one per output (O,), or one for
+    all (). None as a weight is a bias that is not there."""
+    if z is None or weight is None:
         return weight
     if weight.dim() == 2:
         z = z[..., None]
@@ -175,24 +185,30 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; G key/value heads serve H/G query heads each (GQA)."""
+    """Causal self-attention with rotary positions; G key/value heads serve H/G query heads each (GQA).
+
+    The families differ here, and only here: Qwen2 has biases, Qwen3 has norms of q and k. Llama and Mistral have none.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim, self.gqa = config.head_dim, config.n_head != config.n_kv_head
         q_size, kv_size = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.q_proj = nn.Linear(config.d_model, q_size, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.q_proj = nn.Linear(config.d_model, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.d_model, bias=False)
+        # over the dimensions of one head, which are never pruned
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos_sin, z_head: Tensor | None, z_out: Tensor | None, cache) -> Tensor:
         # a group's gate scales its values, K rows of v_proj: a group whose values are 0 adds nothing
         z_v = None if z_head is None else z_head.repeat_interleave(self.head_dim)
-        q, k = linear(x, self.q_proj.weight), linear(x, self.k_proj.weight)
-        v = linear(x, scale_rows(self.v_proj.weight, z_v))
+        q, k = linear(x, self.q_proj.weight, self.q_proj.bias), linear(x, self.k_proj.weight, self.k_proj.bias)
+        v = linear(x, scale_rows(self.v_proj.weight, z_v), scale_rows(self.v_proj.bias, z_v))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        q, k = rotate(self.q_norm(q), *cos_sin), rotate(self.k_norm(k), *cos_sin)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.gqa and q.is_cuda and q.dtype == torch.float32 and not torch.is_autocast_enabled("cuda"):
@@ -249,12 +265,13 @@ class Llama(nn.Module):
     def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """The weights of a model from scratch: name and value of each parameter, float32 on the CPU, one at a time.
 
-        N(0, 0.02²), and smaller by 1/sqrt(2L) for the maps into the residual stream (GPT-2). Only the shapes of the
-        parameters are used: processes that each hold a part of the model (on the meta device) draw the same numbers.
+        N(0, 0.02²), and smaller by 1/sqrt(2L) for the maps into the residual stream (GPT-2); norms 1, biases 0. Only
+        the shapes of the parameters are used: processes that each hold a part of the model (on the meta device) draw
+        the same numbers.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            weight = torch.ones(parameter.shape)
+            weight = torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
             if weight.dim() > 1:
                 into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / (2 * self.config.n_layer) ** 0.5 if into_stream else 0.02
@@ -363,7 +380,7 @@ class Llama(nn.Module):
 
 def read_config(path: str | Path) -> LlamaConfig:
     """The shape of the model in a directory. ValueError names what is missing, or what this Llama cannot represent."""
-    return LlamaConfig(**huggingface.read_config(Path(path)))
+    return huggingface.read_config(Path(path), LlamaConfig)
 
 
 def open_weights(path: str | Path, model: Llama) -> Callable[..., Tensor]:

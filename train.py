@@ -44,6 +44,7 @@ from plumbing.models import (
     data_position,
     digest,
     directory_of,
+    export_dtype,
     model_directory,
     save_model,
 )
@@ -188,7 +189,8 @@ class Trainer:
                 kept, model = choices.describe(masks.cpu()), extract(model, masks)
             elif s.is_pruning:  # the small model was cut out before
                 kept = records.read(run.path / PRUNING, records.Pruning, "what a choice wrote")
-            save_model(directory, model, kept, model_directory(s.init_from) if s.init_from else None, self.reader)
+            origin = model_directory(s.init_from) if s.init_from else None
+            save_model(directory, model, kept, origin, self.reader, export_dtype(s.export_dtype, origin))
             del model
         del whole
         parallel.barrier()

@@ -18,6 +18,7 @@ target_n_layer = 24
 target_d_model = 2048
 target_n_head = 16
 target_d_ffn = 5504
+export_dtype = "float32"  # it is trained on; the source is in float16
 
 steps = 3200
 batch_size = 32

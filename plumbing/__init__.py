@@ -14,6 +14,7 @@ writer        the token files of a data set, written whole or not at all
 workers       several processes that tokenize
 tokenizer     text to token ids and back
 huggingface   a model in Hugging Face's format: config.json and safetensors
+foreign       what a file is that is not what its name says
 models        what a path given as a model holds, what stands beside the weights
 choices       which structures to keep without learning: random, magnitude, a file
 products      matrix products, faster on some CPUs

@@ -136,7 +136,10 @@ def magnitude_scores(model: Llama) -> Scores:
         q, k, v, o = (getattr(attention, f"{x}_proj").weight.float().square() for x in "qkvo")
         gate, up, down = (getattr(mlp, f"{x}_proj").weight.float().square() for x in ("gate", "up", "down"))
         hidden = hidden + sum(w.sum(0) for w in (q, k, v, gate, up)) + o.sum(1) + down.sum(1)
-        head.append(sum(w.sum(1).view(config.n_kv_head, -1).sum(1) for w in (q, k, v, o.T)))
+        rows = [w.sum(1) for w in (q, k, v, o.T)]
+        if config.qkv_bias:
+            rows += [getattr(attention, f"{x}_proj").bias.float().square() for x in "qkv"]
+        head.append(sum(row.view(config.n_kv_head, -1).sum(1) for row in rows))
         ffn.append(gate.sum(1) + up.sum(1) + down.sum(0))
         layer.append(head[-1].sum() + ffn[-1].sum())
     return Scores(torch.stack(layer).sqrt(), hidden.sqrt(), torch.stack(head).sqrt(), torch.stack(ffn).sqrt())

@@ -44,6 +44,7 @@ PUBLISHED = {  # shapes of models that are not at hand yet
     "Llama-2-7b-hf": LlamaConfig(32000, 32, 4096, 32, 32, 128, 11008, 4096),
     "Meta-Llama-3-8B": LlamaConfig(128256, 32, 4096, 32, 8, 128, 14336, 8192, rope_theta=5e5),
     "SmolLM2-135M": LlamaConfig(49152, 30, 576, 9, 3, 64, 1536, 8192, tie_embeddings=True),
+    "Qwen3-0.6B": LlamaConfig(151936, 28, 1024, 16, 8, 128, 3072, 40960, tie_embeddings=True, qk_norm=True),
 }
 KINDS = {  # what the trackers call it -> a row of our table
     "Parameter": "weights",
@@ -66,9 +67,9 @@ def flops_per_token(config: LlamaConfig, seq_len: int, backward: bool = True) ->
     A matrix product has 2 per weight. Attention's products are added, of which causality needs one half. The backward
     pass takes twice as many as the forward pass. Nothing is counted for recomputation.
     """
-    matrices = config.n_params() - (2 * config.n_layer + 1) * config.d_model  # all weights but the norms'
-    if not config.tie_embeddings:
-        matrices -= config.vocab_size * config.d_model  # the embedding is looked up, not multiplied
+    heads = 2 * (config.n_head + config.n_kv_head) * config.head_dim
+    # the embedding is looked up, not multiplied
+    matrices = config.d_model * (config.n_layer * (heads + 3 * config.d_ffn) + config.vocab_size)
     attention = 2 * config.n_layer * seq_len * config.n_head * config.head_dim  # q·k and p·v, half of them masked
     return (3 if backward else 1) * (2 * matrices + attention)
 
@@ -117,7 +118,7 @@ def parts(c: LlamaConfig) -> dict[str, int]:
     """Parameters by part of the model."""
     return {
         "embedding": c.vocab_size * c.d_model,
-        "attention": c.n_layer * 2 * c.d_model * (c.n_head + c.n_kv_head) * c.head_dim,
+        "attention": c.n_layer * c.attention_params(c.d_model, c.n_kv_head),
         "feed-forward": c.n_layer * 3 * c.d_model * c.d_ffn,
         "norms": (2 * c.n_layer + 1) * c.d_model,
         "output": 0 if c.tie_embeddings else c.vocab_size * c.d_model,

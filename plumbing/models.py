@@ -14,20 +14,18 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from masks import PruningMasks, extract
 from model import Llama, LlamaConfig
 from plumbing import checkpoint, checksums, choices, records
 from plumbing.data import BatchReader, TokenData
+from plumbing.huggingface import stored_dtype
 from plumbing.parallel import check_finite
 from plumbing.run import find_checkpoint, read_state, shapes_of
-from plumbing.tokenizer import fingerprint, load_tokenizer
+from plumbing.tokenizer import files_of_tokenizer, fingerprint, load_tokenizer, sentencepiece_only, tokenizer_file
 
-TOKENIZER_FILES = (  # what `transformers` may write beside the weights
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
-)
 PRUNING, TRAINED_WITH = "pruning.json", "trained_with.json"
 
 
@@ -83,23 +81,32 @@ def load_model(path: str | Path) -> Llama:
 
 
 def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> None:
-    """ValueError unless the model can read the data: a vocabulary as large, and its own tokenizer if that is known."""
-    if config.vocab_size < data.vocab_size:
+    """ValueError unless the model can read the data: it has all ids that occur, and the tokenizer is its own. Whether
+    that is so is not known of a directory without a tokenizer, or with a sentencepiece one alone."""
+    if config.vocab_size <= largest_id(data):
         raise ValueError(
-            f"{path}: its vocabulary has {config.vocab_size} tokens, {data.path} needs {data.vocab_size} "
+            f"{path}: its vocabulary has {config.vocab_size} tokens, {data.path} needs {largest_id(data) + 1} "
             f"({data.tokenizer}): prepare the text with the model's own tokenizer"
         )
     directory, own, its = model_directory(path), None, None
     trained_with = read_trained_with(directory) if directory is not None else None
     if trained_with is not None:
         own, its = trained_with["tokenizer"], trained_with["fingerprint"]
-    elif directory is not None and any((directory / x).is_file() for x in ("tokenizer.json", "tokenizer.model")):
+    elif directory is not None and tokenizer_file(directory) and not sentencepiece_only(directory):
         own, its = directory, fingerprint(load_tokenizer(str(directory)))
     if its not in (None, data.fingerprint):
         raise ValueError(
             f"{path}: its tokenizer is not the one {data.path} was prepared with ({data.tokenizer}): "
             f"prepare the text with --tokenizer {own}"
         )
+
+
+def largest_id(data: TokenData) -> int:
+    """The largest token id in the files of the data's domains, or of the whole tokenizer where none was counted."""
+    files = data.meta.get("files")
+    if not files:
+        return data.vocab_size - 1
+    return max(facts["max_id"] for domain in data.domains for facts in files[domain].values())
 
 
 def read_trained_with(directory: Path) -> dict | None:
@@ -128,17 +135,32 @@ def digest(model: str) -> str:
     return found.hexdigest()[:16]
 
 
-def save_model(path: Path, model: Llama, kept: dict | None, origin: Path | None, reader: BatchReader) -> None:
-    """Write a model directory, with pruning.json (which indices were kept), the tokenizer files of `origin`, and
-    trained_with.json (which tokenizer, and which sequences of which data), and the checksums of all of them."""
+def export_dtype(setting: str, origin: Path | None) -> torch.dtype | None:
+    """The dtype that a finished model is written in, by the setting of this name: that of the model directory that the
+    run started from (None: the dtype of the training), or the one named."""
+    if setting == "source":
+        return stored_dtype(origin) if origin else None
+    return getattr(torch, setting)
+
+
+def save_model(
+    path: Path, model: Llama, kept: dict | None, origin: Path | None, reader: BatchReader, dtype: torch.dtype | None
+) -> None:
+    """Write a model directory, in `dtype`, with pruning.json (which indices were kept), the tokenizer files of `origin`
+    or, where it has none that can be read, those that the data were prepared with, trained_with.json (which tokenizer,
+    and which sequences of which data), and the checksums of all of them."""
     data = reader.data
     shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(path)
+    model.save_pretrained(path, dtype)
     trained_with = {"tokenizer": data.tokenizer, "fingerprint": data.fingerprint, "reader": reader.state_dict()}
     (path / TRAINED_WITH).write_text(json.dumps(trained_with))
     if kept is not None:
         (path / PRUNING).write_text(json.dumps(kept))
-    for name in TOKENIZER_FILES:
-        if origin is not None and (origin / name).is_file():
-            shutil.copy(origin / name, path)
+    files = files_of_tokenizer(str(origin.absolute())) if origin else {}
+    if "tokenizer.json" not in files:
+        files = files_of_tokenizer(data.tokenizer) | files
+    if Path(data.tokenizer).is_absolute() and not {"tokenizer.json", "tokenizer.model"} & files.keys():
+        print(f"note: the model has no tokenizer files: {data.tokenizer} is not there any more")
+    for name, file in files.items():
+        shutil.copyfile(file, path / name)
     checksums.write(path)

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 ONEDNN_FOR_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I), weight (O, I) -> x Wᵀ (..., O), which equals F.linear's to rounding.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., I), weight (O, I), bias (O,) -> x Wᵀ + b (..., O), which equals F.linear's to rounding.
 
     With oneDNN there are first derivatives only. `torch.backends.mkldnn.enabled = False` turns it off.
     """
@@ -28,8 +28,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         and ONEDNN_FOR_MKL
         and torch.backends.mkldnn.enabled
     ):
-        return OneDNNLinear.apply(x, weight)
-    return F.linear(x, weight)
+        y = OneDNNLinear.apply(x, weight)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
 
 
 class OneDNNLinear(torch.autograd.Function):

@@ -121,25 +121,43 @@ class QuestionLine(TypedDict):
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]  # of one dimension of a matrix, beyond any that exists
+TokenIds = Natural | Annotated[list[Natural], msgspec.Meta(min_length=1)] | None
+
+
+class Rope(TypedDict):
+    """How the rotary embedding is scaled."""
+
+    rope_type: NotRequired[str | None]
+    type: NotRequired[str | None]
+    rope_theta: NotRequired[Above0 | None]
+    factor: NotRequired[Above0 | None]
+    low_freq_factor: NotRequired[Above0 | None]
+    high_freq_factor: NotRequired[Above0 | None]
+    original_max_position_embeddings: NotRequired[Positive | None]
+
+
 class ModelConfig(TypedDict):
     """config.json in Hugging Face's format. Which values a Llama may have is checked in huggingface.py and model.py."""
 
     model_type: NotRequired[str]
-    vocab_size: Positive
-    num_hidden_layers: Positive
-    hidden_size: Positive
-    num_attention_heads: Positive
-    num_key_value_heads: NotRequired[Positive | None]
-    head_dim: NotRequired[Positive | None]
-    intermediate_size: Positive
-    max_position_embeddings: Positive
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=2**32)]
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    hidden_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: NotRequired[Size | None]
+    head_dim: NotRequired[Annotated[int, msgspec.Meta(ge=1, le=2**16)] | None]
+    intermediate_size: Size
+    max_position_embeddings: NotRequired[Positive]
+    sliding_window: NotRequired[Natural | None]
+    layer_types: NotRequired[list[str] | None]
     rms_norm_eps: NotRequired[Above0 | None]
     rope_theta: NotRequired[Above0 | None]
-    rope_scaling: NotRequired[dict[str, Any] | None]
-    rope_parameters: NotRequired[dict[str, Any] | None]
+    rope_scaling: NotRequired[Rope | None]
+    rope_parameters: NotRequired[Rope | None]
     tie_word_embeddings: NotRequired[bool | None]
-    bos_token_id: NotRequired[Natural | list[Natural] | None]
-    eos_token_id: NotRequired[Natural | list[Natural] | None]
+    bos_token_id: NotRequired[Natural | None]
+    eos_token_id: NotRequired[TokenIds]
 
 
 class WeightIndex(TypedDict):
@@ -191,9 +209,10 @@ class AddedToken(TypedDict):
 
 
 class TokenizerConfig(TypedDict):
-    """tokenizer_config.json: which token ends a text."""
+    """tokenizer_config.json, and the config.json of the model: which token ends a text."""
 
     eos_token: NotRequired[str | AddedToken | None]
+    eos_token_id: NotRequired[TokenIds]
 
 
 class ReaderState(TypedDict):

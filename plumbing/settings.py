@@ -39,6 +39,10 @@ class Settings:
     init_from: Annotated[
         str, Group("model"), "model directory or run to start from; '' means from scratch with the shape below"
     ] = ""
+    export_dtype: Annotated[
+        Literal["source", "float32", "bfloat16", "float16"],
+        "dtype of the finished model's weights; source: that of init_from, or float32 from scratch",
+    ] = "source"
     n_layer: Annotated[int, POSITIVE, "layers"] = 6
     d_model: Annotated[int, POSITIVE, "hidden dimensions"] = 128
     n_head: Annotated[int, POSITIVE, "query heads"] = 4

@@ -17,12 +17,22 @@ import base64
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+
+from plumbing import records
+from plumbing.foreign import what_it_is
+
+TOKENIZER_FILES = (  # what `transformers` may write beside the weights
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
 
 # awkward text, to see what a tokenizer does
 PROBE = "The quick brown fox, 1,234.5 jumps!\n\n\tdef main():    return 'naïve' + \"日本語 🦊\" # \u00e9\u200b</s>"
@@ -67,54 +77,78 @@ class HuggingFaceTokenizer:
     """A tokenizer.json, by the tokenizers library."""
 
     def __init__(self, name: str, file: Path):
+        self.name, self.file = name, file
+        with library_errors(f"{file}: not a tokenizer.json of the tokenizers library", file):
+            self._load(file.read_text(encoding="utf-8"))
+            vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.eot = self._find_eot(vocabulary)
+        self.n_vocab = max(vocabulary.values()) + 1
+        with library_errors(f"{file}: this tokenizer fails on a simple text", file):
+            bare, whole = (self.tokenizer.encode(PROBE, add_special_tokens=special).ids for special in (False, True))
+        self.bos = self._find_bos(bare, whole)
+        self._keep_as_text(self.eot, self.bos)
+
+    def _load(self, text: str) -> None:
         import tokenizers
 
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises a bare Exception
-            raise ValueError(f"{file}: not a tokenizer.json of the tokenizers library: {error}") from None
+        self.tokenizer = tokenizers.Tokenizer.from_str(text)
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.name = name
-        self.eot, self.bos = self._find_eot(file, vocabulary), self._find_bos(file)
-        self.n_vocab = max(self.eot, *vocabulary.values()) + 1
 
-    @staticmethod
-    def _find_eot(file: Path, vocabulary: dict[str, int]) -> int:
-        for beside in ("tokenizer_config.json", "config.json"):
-            if (file.parent / beside).is_file():
-                try:
-                    config = json.loads((file.parent / beside).read_text(encoding="utf-8"))
-                except ValueError as error:
-                    raise ValueError(f"{file.parent / beside}: not valid JSON ({error})") from None
+    def _keep_as_text(self, *ids: int | None) -> None:
+        """The library takes an added token for text only where it is `special`. Make the tokens that end and start a
+        document so: what looks like one inside a document must not end it."""
+        if all(token.special for i, token in self.tokenizer.get_added_tokens_decoder().items() if i in ids):
+            return
+        content = json.loads(self.tokenizer.to_str())
+        for token in content["added_tokens"]:
+            token["special"] |= token["id"] in ids
+        self._load(json.dumps(content))
+
+    def _find_eot(self, vocabulary: dict[str, int]) -> int:
+        file = self.file
+        for beside in (file.parent / "tokenizer_config.json", file.parent / "config.json"):
+            if beside.is_file():
+                config = records.read(beside, records.TokenizerConfig, "a config that names the end of a text")
                 token, ids = config.get("eos_token"), config.get("eos_token_id")
-                token = token.get("content") if isinstance(token, dict) else token
+                token = token["content"] if isinstance(token, dict) else token
                 if token in vocabulary:
                     return vocabulary[token]
                 if ids is not None:
-                    return ids[0] if isinstance(ids, list) else ids
+                    eot = ids[0] if isinstance(ids, list) else ids
+                    if eot not in vocabulary.values():
+                        raise ValueError(f"{beside}: eos_token_id = {eot} is no token of {file.name}")
+                    return eot
         for token in ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>"):
             if token in vocabulary:
                 return vocabulary[token]
         raise ValueError(f"{file}: which token ends a text? Name it as eos_token in a tokenizer_config.json beside it")
 
-    def _find_bos(self, file: Path) -> int | None:
+    def _find_bos(self, bare: list[int], whole: list[int]) -> int | None:
         """The token that the file's own post-processor puts before a text, if it does."""
-        bare, whole = (self.tokenizer.encode(PROBE, add_special_tokens=special).ids for special in (False, True))
-        before = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        before = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+        if before is None or not bare:
+            raise ValueError(f"{self.file}: it leaves nothing of a simple text, or changes it between special tokens")
         if before > 1:
-            raise ValueError(f"{file}: it puts {before} tokens before a text; one or none is supported")
+            raise ValueError(f"{self.file}: it puts {before} tokens before a text; one or none is supported")
         return whole[0] if before else None
+
+    def _encode(self, text: str):
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # see `library_errors`
+            raise ValueError(f"{self.file}: this tokenizer fails on {text[:40]!r}: {error}") from None
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, uint32 (n,)."""
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+        return np.array(self._encode(text).ids, np.uint32)
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """A token's bytes reach from the furthest end of the tokens before it to its own, by the library's offsets."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         point = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         position = np.concatenate([[0], np.cumsum(1 + (point > 0x7F) + (point > 0x7FF) + (point > 0xFFFF))])
         ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], np.int64))
@@ -124,6 +158,24 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+@contextmanager
+def library_errors(complaint: str, file: Path) -> Iterator[None]:
+    """Turn whatever the tokenizers library raises into a ValueError of one line. It raises bare Exceptions. Where its
+    Rust code panics, it raises what is no Exception, and writes a trace to stderr, which is closed meanwhile."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, OSError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{complaint}: {what_it_is(file) or error}") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 Tokenizer = TiktokenTokenizer | HuggingFaceTokenizer
@@ -146,10 +198,11 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(tokenizer.encode(PROBE).tolist()).encode()).hexdigest()[:16]
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, named: str = "--tokenizer") -> Tokenizer:
     """The tokenizer `spec` names: byte, a tiktoken encoding (gpt2, cl100k_base), a file, or a folder that holds one.
 
-    A file is a tokenizer.json, or Llama 3's tokenizer.model (lines of base64 and rank). Raises ValueError.
+    A file is a tokenizer.json, or Llama 3's tokenizer.model (lines of base64 and rank). Where there is none, ValueError
+    says so in the words `named`: the option or the file that named it.
     """
     if spec == "byte":
         # In pieces of 32 bytes encoding runs at 50 MB/s, in single ones at 12; it is linear in the length either way.
@@ -163,21 +216,26 @@ def load_tokenizer(spec: str) -> Tokenizer:
             encoding = tiktoken.get_encoding(spec)
         except OSError:
             raise ValueError(
-                f"--tokenizer {spec}: cannot be downloaded, which tiktoken does the first time (no network?); "
-                "use --tokenizer byte, or the path of a tokenizer.json"
+                f"{named} {spec}: cannot be downloaded, which tiktoken does the first time (no network?); "
+                "the tokenizer byte, and a tokenizer.json, need no download"
             ) from None
         return TiktokenTokenizer(spec, encoding, encoding.eot_token)
-    path = file = Path(spec).resolve()
+    # links are not followed: in Hugging Face's cache, tokenizer.json is one, and what it leads to has another name
+    path = file = Path(spec).expanduser().absolute()
     if path.is_dir():
-        file = next((path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()), None)
+        file = tokenizer_file(path)
         if file is None:
-            raise ValueError(f"--tokenizer {spec}: the folder holds neither tokenizer.json nor tokenizer.model")
+            raise ValueError(f"{named} {spec}: the folder holds neither tokenizer.json nor tokenizer.model")
     elif not path.is_file():
         near = difflib.get_close_matches(spec, ["byte", *names], n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; the names are byte, {', '.join(names)}"
-        raise ValueError(f"--tokenizer {spec}: no such file or folder, nor a tokenizer's name{hint}")
+        raise ValueError(f"{named} {spec}: no such file or folder, nor a tokenizer's name{hint}")
     if file.suffix == ".json":
         return HuggingFaceTokenizer(str(path), file)
+    if sentencepiece_only(path):
+        raise ValueError(
+            f"{file}: this is sentencepiece's, which is not read; `transformers` makes a tokenizer.json of it"
+        )
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file.read_bytes().splitlines())}
         if len(ranks) != LLAMA3_RANKS:
@@ -186,7 +244,33 @@ def load_tokenizer(spec: str) -> Tokenizer:
         encoding = tiktoken.Encoding(file.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
     except ValueError:
         raise ValueError(
-            f"{file}: not Llama 3's rank file ({LLAMA3_RANKS:,} lines of base64 and rank); "
+            f"{file}: not Llama 3's rank file ({what_it_is(file) or f'{LLAMA3_RANKS:,} lines of base64 and rank'}); "
             "of another model use the tokenizer.json that is published beside it"
         ) from None
     return TiktokenTokenizer(str(path), encoding, special["<|end_of_text|>"], special["<|begin_of_text|>"])
+
+
+def tokenizer_file(directory: Path) -> Path | None:
+    """The file of a directory that holds its tokenizer, or None."""
+    return next((directory / n for n in ("tokenizer.json", "tokenizer.model") if (directory / n).is_file()), None)
+
+
+def sentencepiece_only(path: Path) -> bool:
+    """Whether a file, or the only tokenizer of a directory, is sentencepiece's: a protocol buffer, which nothing here
+    reads. `transformers` makes a tokenizer.json of it."""
+    file = tokenizer_file(path) if path.is_dir() else path
+    if file is None or file.suffix != ".model":
+        return False
+    with open(file, "rb") as raw:
+        return raw.read(1) == b"\n"  # field 1, a piece; a rank file begins with base64
+
+
+def files_of_tokenizer(spec: str) -> dict[str, Path]:
+    """name in a model directory -> file, of the tokenizer that `spec` names: what `transformers` needs to load it.
+    Empty for a tokenizer without files, or where they are not there any more."""
+    path = Path(spec)
+    if not path.is_absolute():
+        return {}
+    folder = path.parent if path.is_file() else path
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return files | ({f"tokenizer{path.suffix}": path} if path.is_file() else {})

@@ -10,6 +10,7 @@ from test_model import random_llama, relative
 
 from masks import HardConcrete, PruningMasks, extract, kept_indices, survivors
 from model import Gates, Llama, LlamaConfig
+from plumbing.choices import choose_, magnitude_scores
 
 SOURCE = LlamaConfig(61, 4, 24, 4, 4, 6, 40, 32)
 TARGET = replace(SOURCE, n_layer=2, d_model=14, n_head=2, n_kv_head=2, d_ffn=21)
@@ -175,6 +176,14 @@ def test_expected_params_are_those_of_sampled_models():
     assert decided.distributions() == {} and decided.expected_params(0) == gqa.n_params()
 
 
+@pytest.mark.parametrize("family", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=str)
+def test_expected_params_of_decided_gates_are_the_targets(family):
+    source = replace(SOURCE, n_kv_head=2, **family)
+    masks = PruningMasks(source, target_of(FIELDS, source, replace(TARGET, n_head=2, n_kv_head=1)), 0).double()
+    choose_(masks, magnitude_scores(random_llama(source)))
+    assert masks.expected_params(0).item() == pytest.approx(masks.target.n_params(), rel=1e-4)
+
+
 # -- extraction -----------------------------------------------------------------------------------------------------
 
 
@@ -193,12 +202,12 @@ def check_extraction(source, target, seed=0, masks=None):
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
-@pytest.mark.parametrize("kind", ["mha", "gqa", "tied"])
+@pytest.mark.parametrize("kind", ["mha", "gqa", "tied", "qkv_bias", "qk_norm"])
 def test_extracted_equals_gated_for_fractional_gates(subset, kind):
     source, full = SOURCE, TARGET
-    if kind == "gqa":
+    if kind in ("gqa", "qkv_bias", "qk_norm"):
         source, full = replace(source, n_kv_head=2), replace(full, n_head=2, n_kv_head=1)
-    source = replace(source, tie_embeddings=kind == "tied")
+    source = replace(source, tie_embeddings=kind == "tied", qkv_bias=kind == "qkv_bias", qk_norm=kind == "qk_norm")
     check_extraction(source, target_of(subset, source, full))
 
 
@@ -222,8 +231,16 @@ def test_extracted_equals_gated_when_whole_layers_and_all_heads_of_a_layer_are_g
     assert relative(llama(tokens, Gates(hidden=z.hidden)), gated) < 1e-12
 
 
-def test_exported_logits_in_transformers_are_the_gated_ones(tmp_path):
-    source = replace(SOURCE, n_kv_head=2, tie_embeddings=True)
+def test_what_is_extracted_shares_no_memory_with_its_source():
+    source = replace(SOURCE, qk_norm=True, qkv_bias=True)
+    llama, masks = random_llama(source), random_masks(source, target_of(["layer"], source))
+    theirs = {p.data_ptr() for p in llama.parameters()}
+    assert not theirs & {p.data_ptr() for p in extract(llama, masks).parameters()}
+
+
+@pytest.mark.parametrize("family", ["qkv_bias", "qk_norm", "tie_embeddings"])
+def test_exported_logits_in_transformers_are_the_gated_ones(family, tmp_path):
+    source = replace(SOURCE, n_kv_head=2, **{family: True})
     target = target_of(FIELDS, source, replace(TARGET, n_head=2, n_kv_head=1))
     llama, masks = random_llama(source), random_masks(source, target)
     extract(llama, masks).save_pretrained(tmp_path)

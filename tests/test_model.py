@@ -29,6 +29,8 @@ SHAPES = {
         },
     ),
     "several ends of text": replace(MHA, eos_token_id=[3, 4], bos_token_id=1),
+    "biases (Qwen2)": replace(MHA, n_kv_head=2, qkv_bias=True),
+    "norms of heads (Qwen3)": replace(MHA, n_kv_head=2, head_dim=16, qk_norm=True, tie_embeddings=True),
 }
 
 
@@ -72,7 +74,7 @@ def test_cross_entropy_in_pieces_is_the_same_with_its_gradient(monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "biases (Qwen2)", "norms of heads (Qwen3)"])
 def test_cache_gives_the_logits_of_the_whole_text(name):
     llama = random_llama(SHAPES[name]).double()
     tokens = torch.randint(97, (2, 20))
@@ -102,8 +104,11 @@ def test_initial_weights_follow_the_seed_alone():
     assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
     assert a.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert a.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.1)
+    assert (a.norm.weight == 1).all()
+    qwen = Llama(SHAPES["biases (Qwen2)"]).init_weights(1)
+    assert (qwen.layers[0].self_attn.v_proj.bias == 0).all()
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa", "tied", "head_dim that is not d / heads"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_n_params_counts_the_parameters(name):
     assert SHAPES[name].n_params() == sum(p.numel() for p in Llama(SHAPES[name]).parameters())
