@@ -1,7 +1,7 @@
 # make demo     everything from nothing: text, a source model, pruning, training on, evaluation, pictures. It takes about
 #               fifteen minutes on two CPU cores. Run it again to go on where it was.
 # make test     lint and tests, from nothing
-# make bench    how fast a training step is, beside transformers'
+# make bench    is it fast? All that has a bound, beside what it is compared with
 # make compare  all schedules against each other, with several seeds. It takes hours. Run it again to go on where it was.
 # make clean    remove what demo and test have made
 #

@@ -20,18 +20,28 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 
 from scaling_law import FitError, ScalingLaw, fit_together
 
 COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
 MORE_POINTS_THAN = 10  # points: the scaling law is asked only when there are more (section 3.2)
 RHO_MIN = 1e-20  # a robust set smaller than this is the reference ratio itself
+HUGE = 1e50  # losses beyond it, and shares below 1 / HUGE, are no measurements, and their squares would overflow
+LIMITS = {  # the smallest and the largest value that an argument, or a number in it, may have
+    **dict.fromkeys(("losses", "reference"), (-HUGE, HUGE)),
+    **dict.fromkeys(("ratio", "initial", "weights"), (1 / HUGE, HUGE)),
+    "q": (0, HUGE),
+    **dict.fromkeys(("rho", "temperature"), (0, np.inf)),
+    "floor": (0, 0.999),
+    "step_size": (0, HUGE),
+    **dict.fromkeys(("smoothing", "delta"), (0, 1)),
+    "bound": (1, HUGE),
+}
 
 
-def chi2(q, p) -> float:
-    """Divergence of q from p: ½ Σ p (q/p - 1)², 0 where they are equal (eq. 5)."""
-    return float(0.5 * np.sum(p * (q / p - 1) ** 2))
+def chi2(q, p):
+    """Divergence of q (..., n) from p (n,): ½ Σ p (q/p - 1)², 0 where they are equal (eq. 5)."""
+    return 0.5 * np.sum(p * (q / p - 1) ** 2, axis=-1)
 
 
 def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, temperature: float = 0.0) -> np.ndarray:
@@ -46,68 +56,55 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
     nats, it is the argmax of Σ q_i (l_i - r_i) - temperature · chi2(q, p) within the same set: a domain's q_i / p_i
     rises by at most 1 for every `temperature` nats of its excess. At 0 it is the paper's argmax.
 
-    Arrays of one value per domain; the ratio need not add up to 1. ValueError for values that are not finite, a ratio
-    that is not positive, rho or temperature below 0, or a floor that is not in [0, 1).
+    Arrays of one value per domain; the ratio need not add up to 1. ValueError outside of LIMITS.
     """
     losses, reference, p = (np.asarray(x, np.float64) for x in (losses, reference, ratio))
     check(losses=losses, reference=reference, ratio=p, rho=rho, floor=floor, temperature=temperature)
     p, excess = p / p.sum(), losses - reference
     gap = np.ptp(excess)
-    if gap <= 1e-6 * max(1.0, np.abs(losses).max()) or rho < RHO_MIN:  # float32's rounding must not become weights
+    size = max(1.0, np.abs(losses).max(), np.abs(reference).max())
+    if gap <= 1e-6 * size or rho < RHO_MIN:  # float32's rounding must not become weights
         return p
     # neither an offset nor a scale changes the argmax; near 0, where the worst are now, floats are densest
-    excess, temperature = (excess - excess.max()) / gap, min(temperature / gap, 1e12)
-    eta = eta_of_the_set(excess, p, rho, floor)
-    if temperature > 0:  # both limits hold below the smaller of the two
-        eta = min(eta, eta_of_the_temperature(excess, p, temperature))
-    return weights_at(eta, excess, p, floor)
+    path = worst_mixtures((excess - excess.max()) / gap, p, floor, min(temperature, HUGE * gap) / gap)
+    inside = chi2(path, p) < rho
+    if inside.all():
+        return path[-1]
+    beyond = np.argmin(inside)  # the first corner out of the set; on the line to it chi2 = rho is a quadratic equation
+    a, b = path[beyond - 1], path[beyond]
+    left, slope, bend = rho - chi2(a, p), max(0.0, np.sum((a / p - 1) * (b - a))), 0.5 * np.sum((b - a) ** 2 / p)
+    t = min(1.0, 2 * left / (slope + np.sqrt(slope**2 + 4 * bend * left)))
+    return (1 - t) * a + t * b
 
 
-def weights_at(eta: float, excess, p, floor: float) -> np.ndarray:
-    """The argmax for eta, the excess above which a domain gains weight (the Lagrange multiplier of Σ q = 1).
+def worst_mixtures(excess, p, floor: float, temperature: float) -> np.ndarray:
+    """The argmax for all rho, from p to the one furthest from it: corners (k, n) between which q runs straight.
 
-    q_i ∝ p_i · max(relu(excess_i - eta) / Z, floor) with Z = Σ p_i relu(excess_i - eta).
-    """
-    above = np.maximum(excess - eta, 0.0)
-    q = p * np.maximum(above / (p @ above), floor)
-    return q / q.sum()
-
-
-def eta_of_the_set(excess, p, rho: float, floor: float) -> float:
-    """The eta at which chi2(q, p) = rho. If no mixture is as far from p: the eta that only the worst are above.
-
-    chi2 rises with eta: far below all excesses q is p, just below the largest one it is the extreme point.
-    """
-
-    def beyond(eta):
-        return chi2(weights_at(eta, excess, p, floor), p) - rho
-
-    high = np.max(excess[excess < 0])  # the largest excess is 0
-    if beyond(high) <= 0:
-        return high
-    low = -2.0  # the smallest excess is -1
-    while beyond(low) > 0:
-        low *= 2
-    return brentq(beyond, low, high, xtol=1e-300, maxiter=1000)
-
-
-def eta_of_the_temperature(excess, p, temperature: float) -> float:
-    """The eta at which Z = temperature, so that q_i / p_i = relu(excess_i - eta) / temperature.
-
-    Z is the largest of Σ_S p_i (excess_i - eta) over sets S of domains; the largest is always one of the k worst.
+    q_i ∝ p_i · max(relu(excess_i - eta) / Z, floor) with Z = Σ p_i relu(excess_i - eta), where eta is the Lagrange
+    multiplier of Σ q = 1. With eta far below all excesses q is p. As eta rises so does chi2, and q turns where eta
+    reaches an excess or a domain reaches its floor. The path ends where only the worst, whose excess is 0, are above
+    eta, or where Z = temperature: there q_i / p_i rises by 1 for every `temperature` of excess.
     """
     worst_first = np.argsort(-excess)
-    p, excess = p[worst_first], excess[worst_first]
-    return np.max((np.cumsum(p * excess) - temperature) / np.cumsum(p))
+    share, total = np.cumsum(p[worst_first]), np.cumsum((p * excess)[worst_first])  # of the k worst, for each k
+    # Z is the largest of total - share · eta: so these are the eta where a domain has its floor, and Z the temperature
+    at_floor = np.min((excess[:, None] - floor * total) / (1 - floor * share), axis=1)
+    at_temperature = np.max((total - temperature) / share)
+    last = min(np.max(excess[excess < 0]), at_temperature)
+    eta = np.minimum(np.sort(np.concatenate([excess, at_floor])), last)[:, None]
+    above = np.maximum(excess - eta, 0.0) / -eta  # at most 1
+    q = p * np.maximum(above, floor * (above @ p)[:, None])
+    return np.vstack([p, q / q.sum(axis=1, keepdims=True)])
 
 
 def sheared_weights(weights, losses, reference, step_size: float = 1.0, smoothing: float = 1e-4, clip: bool = False):
     """Sheared LLaMA's dynamic batch loading: w_i ∝ w_i · exp(step_size · (l_i - r_i)), mixed with a little uniform.
 
     clip=True: an excess below 0 counts as 0, as Sheared LLaMA's paper says. Its code, and the default here, do not.
+    ValueError outside of LIMITS.
     """
     weights, losses, reference = (np.asarray(x, np.float64) for x in (weights, losses, reference))
-    check(losses=losses, reference=reference, ratio=weights)
+    check(losses=losses, reference=reference, weights=weights, step_size=step_size, smoothing=smoothing)
     excess = losses - reference
     if clip:
         excess = np.maximum(excess, 0.0)
@@ -120,27 +117,28 @@ def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> n
 
     Each share is clipped to [1/bound, bound] times its initial value, then, renormalised, to the initial smallest and
     largest; the last renormalisation may move it a little beyond. So equal initial shares stay where they are.
+    ValueError outside of LIMITS.
     """
     ratio, q, initial = (np.asarray(x, np.float64) for x in (ratio, q, initial))
+    check(ratio=ratio, q=q, initial=initial, delta=delta, bound=bound)
     p = delta * q + (1 - delta) * ratio
     p = np.clip(p, initial / bound, initial * bound)
     p = np.clip(p / p.sum(), initial.min(), initial.max())
     return p / p.sum()
 
 
-def check(losses, reference, ratio, rho=0.0, floor=0.0, temperature=0.0):
-    """ValueError unless all are finite, of one length, with shares above 0 and the rest in its range."""
-    if not losses.shape == reference.shape == ratio.shape or losses.ndim != 1:
-        raise ValueError("losses, reference and ratio must have one value per domain")
-    for name, x in (("loss", losses), ("reference loss", reference), ("ratio", ratio)):
-        if not np.isfinite(x).all():
-            raise ValueError(f"{name} of domain {np.flatnonzero(~np.isfinite(x))[0]} is not finite: {x}")
-    if (ratio <= 0).any():
-        raise ValueError(f"every domain needs a share above 0: {ratio}")
-    if not (0 <= rho < np.inf and 0 <= temperature < np.inf and 0 <= floor < 1):
-        raise ValueError(
-            f"rho = {rho} and temperature = {temperature} must not be negative, floor = {floor} must be in [0, 1)"
-        )
+def check(**arguments):
+    """ValueError unless each array has one value per domain, and all values are within their LIMITS."""
+    shapes = {np.shape(x) for x in arguments.values()} - {()}
+    if len(shapes) > 1 or any(len(shape) > 1 for shape in shapes):
+        raise ValueError(f"{', '.join(arguments)} must have one value per domain")
+    for name, x in arguments.items():
+        low, high = LIMITS[name]
+        fits = (low <= x) & (x <= high)
+        if not np.all(fits):
+            i = np.argmin(fits)
+            at = f"[{i}]" if np.ndim(x) else ""
+            raise ValueError(f"{name}{at} = {np.ravel(x)[i]:g} must be between {low:g} and {high:g}")
 
 
 class Point(NamedTuple):
@@ -153,7 +151,8 @@ class Point(NamedTuple):
 
 @dataclass
 class Mixture:
-    """The domain weights of a run, updated at each evaluation. ValueError for a schedule that does not exist."""
+    """The domain weights of a run, updated at each evaluation. ValueError for a schedule that does not exist, or
+    outside of LIMITS."""
 
     domains: list[str]
     initial: np.ndarray  # (n,) first weights and reference ratio; they need not sum to 1
@@ -174,6 +173,8 @@ class Mixture:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule = '{self.schedule}' is not one of {', '.join(SCHEDULES)}")
         self.initial = np.asarray(self.initial, np.float64) / np.sum(self.initial)
+        numbers = ("initial", "rho", "floor", "temperature", "delta", "bound", "step_size")
+        check(**{name: getattr(self, name) for name in numbers})
         self.laws: list[ScalingLaw | FitError | None] = [None] * len(self.domains)  # of the last evaluation
         n, given = len(self.domains), self.reference
         self.state = {  # all that changes

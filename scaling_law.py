@@ -119,7 +119,11 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
     vary = np.ptp(log_p) > 1e-6
     for k, i in enumerate(fitted):
         miss, law = misses[domain == k], (misses + points.loss)[domain == k]
-        if np.std(law) >= max(MAD_TO_SIGMA * np.median(np.abs(miss)) / 3, 1e-4):  # a tenth of the variance is the law's
+        if not np.isfinite([*theta, *miss]).all():
+            laws[i] = FitError("the fitted law is not finite")
+        elif np.std(law) >= max(
+            MAD_TO_SIGMA * np.median(np.abs(miss)) / 3, 1e-4
+        ):  # a tenth of the variance is the law's
             scales = float(scale[k]), float(params[-1]) if vary else None
             law = float(A[k]), float(alpha) if vary else 0.0, float(beta), float(E[k])
             laws[i] = ScalingLaw(*law, *scales, B=float(B) if rates.any() else 0.0)
@@ -145,6 +149,7 @@ def why_not(tokens, losses, tokens_end, params) -> FitError | None:
     return None
 
 
+@np.errstate(over="ignore")  # infinite is right then
 def tokens_supported(tokens) -> float:
     """Up to how many tokens a law of these points is trusted: REACH times as far, in log T, as the upper three quarters
     of the points extend. T^-beta is convex in log T, so the loss falls on that way by at most REACH times what the law

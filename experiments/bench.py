@@ -1,71 +1,110 @@
-"""Speed, side by side in one process: our training step, dense and gated, against transformers', and the schedule.
+"""Is it fast, and does it stay so? What has a bound is measured, in one process, beside what it is compared with.
 
-    python experiments/bench.py [--rounds 30] [--compile] [--json FILE]
+    python experiments/bench.py [--rounds 30] [--mb 64] [--only PART ...] [--json FILE]
 
-A step is forward, backward and AdamW in float32 on 2 threads: d_model 256, 6 layers, 8 heads, d_ffn 688, vocabulary
-512, 8 sequences of 256 tokens. The models take turns, so that a change of the machine's speed hits all alike; after a
-warm-up, medians and the median of the rounds' ratios are printed. "F.linear" is our dense step with the matrix products
-that transformers has, by MKL on an x86 CPU, where ours are by oneDNN (plumbing/products.py). It shows what is left of
-the difference without oneDNN. Gated is the whole pruning step: sampling the gates, the forward through them, the
-constraint, and AdamW on log_alpha and the multipliers too. --compile puts all through torch.compile, which has no use
-for oneDNN, so that "F.linear" is what "dense" is.
-
-The schedule is one evaluation's update (scaling law, reference, weights, ratio) at 7 domains with 64 points each.
+Each line is a figure and its bound; the exit status is 1 where one is not kept. What is compared takes turns, so that a
+change of the machine's speed hits all alike, and a figure is the median of the rounds' ratios. All on 2 threads.
+docs/performance.md says what each part is.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import math
+import os
 import platform
+import shutil
 import statistics
 import sys
+import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dro import Mixture, Point  # noqa: E402
+from dro import Mixture, Point, dro_weights  # noqa: E402
 from masks import PruningMasks  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
+from plumbing import checkpoint, products  # noqa: E402
 from plumbing.command_line import Parser, user_errors  # noqa: E402
+from plumbing.cost import flops_per_token  # noqa: E402
+from plumbing.data import BatchReader, TokenData  # noqa: E402
+from plumbing.run import flush  # noqa: E402
+from plumbing.tokenizer import load_tokenizer  # noqa: E402
+from prepare_data import prepare  # noqa: E402
+from scaling_law import ScalingLaw, fit  # noqa: E402
 
 CONFIG = LlamaConfig(
     vocab_size=512, n_layer=6, d_model=256, n_head=8, n_kv_head=8, head_dim=32, d_ffn=688, max_seq_len=256
 )
 TARGET = replace(CONFIG, n_layer=4, d_model=192, n_head=6, n_kv_head=6, d_ffn=512)
 BATCH, WARMUP = 8, 3
+AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def make_steps(compiled: bool = False) -> dict:
-    """name -> function that does one training step: transformers', our dense one with F.linear and as it is, our gated
-    one."""
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=CONFIG.vocab_size,
-            hidden_size=CONFIG.d_model,
-            num_hidden_layers=CONFIG.n_layer,
-            num_attention_heads=CONFIG.n_head,
-            num_key_value_heads=CONFIG.n_kv_head,
-            intermediate_size=CONFIG.d_ffn,
-            max_position_embeddings=CONFIG.max_seq_len,
-            attn_implementation="sdpa",
-        )
-    ).train()
-    plain, dense, gated = (Llama(CONFIG).init_weights(0) for _ in range(3))
-    masks = PruningMasks(CONFIG, TARGET, 100)
+class Table:
+    """The figures, printed as they come."""
+
+    def __init__(self):
+        self.figures, self.failed = {}, []
+
+    def add(self, name: str, value: float, unit: str = "", low: float = -np.inf, high: float = np.inf) -> None:
+        """Print a figure, and whether it is within its bounds."""
+        bound = f"at most {high:g}" if high < np.inf else f"at least {low:g}" if low > -np.inf else ""
+        failed = not low <= value <= high
+        self.figures[name] = value
+        self.failed += [name] * failed
+        print(f"{name:<44}{value:11.4g} {unit:<10}{bound:<16}{'FAILED' if failed else ''}".rstrip(), flush=True)
+
+
+def take_turns(functions: dict[str, Callable], rounds: int, warmup: int = WARMUP) -> dict[str, list[float]]:
+    """Seconds of each function in each round."""
+    seconds = {name: [] for name in functions}
+    for i in range(warmup + rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
+    """Median of a / b over the rounds."""
+    return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
+
+
+# -- step -------------------------------------------------------------------------------------------------------------
+
+
+def make_steps() -> dict[str, Callable]:
+    """name -> function that does one training step: transformers', our dense one with the products that were not chosen
+    and as it is, our gated one."""
+    import transformers  # not above: prepare_data's workers import this file again, and would wait for it
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        Llama(CONFIG).save_pretrained(folder)
+        theirs = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").train()
+    other, dense, gated = (Llama(CONFIG).init_weights(0) for _ in range(3))
+    masks, onednn = PruningMasks(CONFIG, TARGET, 100), products.ONEDNN
     assert sum(p.numel() for p in theirs.parameters()) == CONFIG.n_params()
-    trained = (theirs, plain, dense, torch.nn.ModuleList([gated, masks]))
+    trained = (theirs, other, dense, nn.ModuleList([gated, masks]))
     optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-4) for module in trained]
     tokens = torch.randint(CONFIG.vocab_size, (BATCH, CONFIG.max_seq_len + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     count = iter(range(10**9))
-    for module in (theirs, plain, dense, gated) if compiled else ():
-        module.compile()
 
     def their_loss():
         logits = theirs(input_ids=inputs, use_cache=False).logits
@@ -78,78 +117,204 @@ def make_steps(compiled: bool = False) -> dict:
 
     losses = {
         "transformers": their_loss,
-        "dense, F.linear": lambda: plain(inputs, targets=targets).mean(),
+        "other products": lambda: other(inputs, targets=targets).mean(),
         "dense": lambda: dense(inputs, targets=targets).mean(),
         "gated": gated_loss,
     }
 
     def step(name, optimizer):
-        torch.backends.mkldnn.enabled = "F.linear" not in name
+        if name == "other products":
+            products.ONEDNN = not onednn and torch.backends.mkldnn.is_available()
         losses[name]().backward()
         optimizer.step()
         optimizer.zero_grad()
+        products.ONEDNN = onednn
 
     return {name: partial(step, name, optimizer) for name, optimizer in zip(losses, optimizers)}
 
 
-def time_schedule(rounds: int) -> float:
-    """Median seconds of `Mixture.update` at 7 domains, full method, with 64 points each and a shrinking model."""
-    rng = np.random.default_rng(0)
-    domains = [f"domain{i}" for i in range(7)]
-    seconds = []
+def best_rate() -> float:
+    """FLOP/s of the fastest matrix product of the step's shapes, by either library."""
+    c, n = CONFIG, BATCH * CONFIG.max_seq_len
+    calls, flops = {}, {}
+    for i, o in ((c.d_model, c.d_model), (c.d_model, c.d_ffn), (c.d_ffn, c.d_model), (c.d_model, c.vocab_size)):
+        x, weight = torch.randn(n, i), torch.randn(o, i)
+        for product in (F.linear, products.onednn_product)[: 1 + torch.backends.mkldnn.is_available()]:
+            calls[i, o, product] = partial(product, x, weight)
+            flops[i, o, product] = 2 * n * i * o
+    with torch.no_grad():
+        seconds = take_turns(calls, 50)
+    return max(flops[key] / statistics.median(times) for key, times in seconds.items())
+
+
+def bench_step(table: Table, args) -> None:
+    """Forward, backward and AdamW in float32, and how near the dense step is to what its products alone would take."""
+    rate = best_rate()
+    seconds = take_turns(make_steps(), args.rounds)
+    for name, times in seconds.items():
+        table.add(f"{name}, a step", 1e3 * statistics.median(times), "ms")
+    table.add("dense / transformers", ratio(seconds, "dense", "transformers"), high=0.65 if AVX512 else 0.9)
+    table.add("dense / other products", ratio(seconds, "dense", "other products"), high=1.02)
+    table.add("gated / dense", ratio(seconds, "gated", "dense"), high=1.05)
+    flops = flops_per_token(CONFIG, CONFIG.max_seq_len) * BATCH * CONFIG.max_seq_len
+    table.add("fastest product", rate / 1e9, "GFLOP/s")
+    table.add("share of the limit, dense", flops / rate / statistics.median(seconds["dense"]))
+
+
+# -- schedule and law -------------------------------------------------------------------------------------------------
+
+
+def time_schedule(rounds: int, domains: int = 7, points: int = 64) -> float:
+    """Median seconds of `Mixture.update`, full method, with so many points in each domain and a shrinking model."""
+    rng, seconds = np.random.default_rng(0), []
     for _ in range(rounds):
-        mixture = Mixture(domains, [1] * 7, "dro", [2.0] * 7, dynamic_reference=True, dynamic_ratio=True)
-        for k in range(64 + 2):
-            params, tokens = 1.25e6 - 7.5e5 * min(1, k / 13), 1000 * (k + 1)
-            losses = 2 + tokens**-0.3 * 5 + 0.005 * rng.standard_normal(7)
+        mixture = Mixture(list(map(str, range(domains))), [1] * domains, "dro", [2.0] * domains, dynamic_ratio=True)
+        for k in range(1, points + 1):
+            mixture.dynamic_reference = k == points  # the other updates are not timed
+            now = Point(np.full(domains, 1000 * k), 1.25e6 - 7.5e5 * min(1, 5 * k / points), 1 - k / points)
+            losses = 2 + 5 * (1000 * k) ** -0.3 + 0.005 * rng.standard_normal(domains)
             start = time.perf_counter()
-            now = Point(np.full(7, tokens), params, 1 - k / 66)
-            mixture.update((k + 1) / 66, losses, now, Point(np.full(7, 66000), 5e5, 0.0))
+            mixture.update(max(0.02, k / points), losses, now, Point(np.full(domains, 1000 * points), 5e5, 0.0))
             last = time.perf_counter() - start
         seconds.append(last)
     return statistics.median(seconds)
 
 
+def time_weights(rounds: int, domains: int = 7) -> float:
+    """Median seconds of `dro_weights`."""
+    rng, seconds = np.random.default_rng(0), []
+    for _ in range(rounds):
+        losses, ratio = 2 + 0.2 * rng.standard_normal(domains), 0.1 + rng.random(domains)
+        start = time.perf_counter()
+        dro_weights(losses, np.full(domains, 1.5), ratio)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def law_errors(points: int, noise: float, laws: int = 60) -> np.ndarray:
+    """What the fits of random laws, seen to the middle, miss at the end, in nats, (laws,)."""
+    rng, errors = np.random.default_rng(0), []
+    for _ in range(laws):
+        law = ScalingLaw(rng.uniform(0.05, 1.5), 0.0, rng.uniform(0.1, 1.2), rng.uniform(0.5, 2.5), 1e9)
+        tokens = 1e9 * np.linspace(0.02, 0.5, points)
+        losses = law.predict(tokens) + noise * rng.standard_normal(points)
+        errors.append(abs(fit(tokens, losses).predict(1e9) - law.predict(1e9)))
+    return np.array(errors)
+
+
+def bench_schedule(table: Table, args) -> None:
+    """One evaluation's update: scaling law, reference, weights, ratio."""
+    update, step = time_schedule(5), statistics.median(take_turns({"": make_steps()["dense"]}, 5)[""])
+    table.add("schedule, 7 domains, 64 points each", 1e3 * update, "ms")
+    table.add("schedule / dense step", update / step, high=0.25)
+    table.add("dro_weights, 7 domains", 1e3 * time_weights(500), "ms", high=0.3)
+
+
+def bench_law(table: Table, args) -> None:
+    """Whether known laws come out."""
+    for noise in (0.0, 0.002, 0.01):
+        for points in (12, 24, 48):
+            errors, name = law_errors(points, noise), f"law, {points} points, noise {noise:g}"
+            if noise:
+                table.add(f"{name}: median", np.median(errors), "nats", high=0.003 if noise == 0.002 else np.inf)
+            else:
+                table.add(f"{name}: largest", errors.max(), "nats", high=1e-6)
+
+
+# -- text and checkpoint ----------------------------------------------------------------------------------------------
+
+
+def bench_text(table: Table, args) -> None:
+    """prepare_data beside its tokenizer over the same text in memory, and a batch drawn from what it has made."""
+    sources = [path.read_text(errors="replace") for path in sorted(Path(torch.__file__).parent.rglob("*.py"))]
+    copies = math.ceil(args.mb * 1e6 / sum(map(len, sources)))
+    texts = [f"copy {copy}\n{source}" for copy in range(copies) for source in sources]
+    texts = texts[: 1 + np.searchsorted(np.cumsum([len(text) for text in texts]), args.mb * 1e6)]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        folder = Path(folder)
+        (folder / "text" / "python").mkdir(parents=True)
+        (folder / "text" / "python" / "all.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        bpe = tokenizers.ByteLevelBPETokenizer()
+        bpe.train_from_iterator(texts[:300], vocab_size=4096, special_tokens=["</s>"], show_progress=False)
+        bpe.save(str(folder / "tokenizer.json"))
+        tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+
+        def make(workers: int) -> None:
+            prepare(str(folder / "text"), folder / f"data{workers}", tokenizer.name, workers)
+
+        functions = {
+            "alone": lambda: [tokenizer.encode(text) for text in texts],
+            1: partial(make, 1),
+            2: partial(make, 2),
+        }
+        seconds = take_turns(functions, rounds=1, warmup=0)
+        reader = BatchReader(TokenData(folder / "data1"), CONFIG.max_seq_len, BATCH, seed=0)
+        count = iter(range(10**9))
+        drawn = take_turns({"": lambda: reader.next_batch(next(count), [1.0])}, 200)[""]
+    step = statistics.median(take_turns({"": make_steps()["dense"]}, 5)[""])
+    table.add("its tokenizer / prepare_data, 1 worker", ratio(seconds, "alone", 1), low=0.85)
+    table.add("prepare_data, 1 worker / 2 workers", ratio(seconds, 1, 2), low=1.7)
+    table.add("prepare_data, 1 worker", sum(map(len, texts)) / 1e6 / seconds[1][0], "MB/s")
+    table.add("drawing a batch / dense step", statistics.median(drawn) / step, high=0.01)
+
+
+def bench_checkpoint(table: Table, args) -> None:
+    """Weights and moments of that model, beside a plain write and read of as many bytes; both reach the disk."""
+    model = Llama(CONFIG).init_weights(0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 2, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    tree = nn.ModuleDict({"model": model})
+    content = os.urandom(3 * 4 * CONFIG.n_params())
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # not on a disk in memory
+        ours, plain = Path(folder) / "ours", Path(folder) / "plain"
+
+        def new(path: Path) -> Path:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+            return path
+
+        functions = {
+            "save": lambda: (checkpoint.save(tree, optimizer, new(ours)), flush(ours)),
+            "write": lambda: ((new(plain) / "bytes").write_bytes(content), flush(plain)),
+            "load": lambda: checkpoint.load(tree, optimizer, ours),
+            "read": lambda: (plain / "bytes").read_bytes(),
+        }
+        seconds = take_turns(functions, rounds=10)
+    table.add("checkpoint", len(content) / 1e6, "MB")
+    table.add("saving / a plain write", ratio(seconds, "save", "write"), high=2)
+    table.add("loading / a plain read", ratio(seconds, "load", "read"), high=2)
+
+
+PARTS = {name.removeprefix("bench_"): part for name, part in globals().items() if name.startswith("bench_")}
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30, help="rounds of all steps")
-    parser.add_argument("--compile", action="store_true", help="torch.compile all models")
-    parser.add_argument("--json", metavar="FILE", help="write the results here, too")
+    parser.add_argument("--mb", type=float, default=64, help="text for prepare_data, in 10^6 bytes")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts and no others")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
     with user_errors():
         args = parser.parse_args()
-        if args.rounds < 1:
-            raise ValueError("--rounds must be at least 1")
+        if args.rounds < 1 or args.mb <= 0:
+            raise ValueError("--rounds must be at least 1, --mb above 0")
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    steps = make_steps(args.compile)
-    seconds = {name: [] for name in steps}
-    for i in range(WARMUP + args.rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= WARMUP:
-                seconds[name].append(time.perf_counter() - start)
-
-    pairs = (("dense", "transformers"), ("dense, F.linear", "transformers"), ("gated", "dense"))
-    ratios = {f"{a} / {b}": statistics.median(x / y for x, y in zip(seconds[a], seconds[b])) for a, b in pairs}
-    result = {
-        "command": f"python experiments/bench.py --rounds {args.rounds}" + " --compile" * args.compile,
-        "median_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
-        **ratios,
-        "schedule_ms": 1e3 * time_schedule(5),
-        "machine": f"{platform.processor() or platform.machine()}, 2 threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {args.rounds} rounds" + ", compiled" * args.compile,
-    }
-    print(f"{result['machine']}\n")
-    for name, ms in result["median_ms"].items():
-        spread = np.quantile(seconds[name], [0.1, 0.9]) * 1e3
-        print(f"{name:<32}{ms:8.1f} ms per step   (10 to 90 %: {spread[0]:.1f} to {spread[1]:.1f})")
-    for name, ratio in ratios.items():
-        print(f"{name:<32}{ratio:8.3f}")
-    print(f"{'schedule':<32}{result['schedule_ms']:8.1f} ms per evaluation, 7 domains, 64 points each")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    machine = (
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 2 threads, torch {torch.__version__}, "
+        f"transformers {version('transformers')}, {args.rounds} rounds"
+    )
+    print(f"{machine}\nproducts by {'oneDNN' if products.ONEDNN else 'F.linear'}\n")
+    table = Table()
+    for part in args.only:
+        PARTS[part](table, args)
     if args.json:
         with user_errors(), open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
+            json.dump({"command": " ".join(sys.argv), "machine": machine, **table.figures}, file, indent=1)
+    if table.failed:
+        sys.exit(f"bench.py: out of bounds: {'; '.join(table.failed)}")
 
 
 if __name__ == "__main__":

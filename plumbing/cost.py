@@ -305,6 +305,9 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
         hours = flops / (peak * s.utilisation * s.world_size) / 3600
         speed = f"at {s.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s per GPU"
         row("time", f"{hours:,.2f} h, {hours * s.world_size:,.1f} GPU-hours, {speed}")
+        row("speed", f"{tokens / hours / 3600:,.0f} training tokens per second, evaluations included")
+        if price := s.dollars_per_gpu_hour:
+            row("price", f"${hours * s.world_size * price:,.0f} at ${price:,g} per GPU-hour")
 
 
 def readable(n_bytes: float) -> str:

@@ -1,7 +1,9 @@
 """Faster matrix products: the same results as `F.linear` to rounding, sooner on some CPUs.
 
-For float32 on x86 CPUs, PyTorch multiplies by Intel's MKL. On AMD's CPUs that is much slower than oneDNN, the other
-library that PyTorch brings along. `linear` uses oneDNN there. On a GPU, or in bfloat16, it is F.linear.
+For float32 on x86 CPUs, PyTorch multiplies by Intel's MKL, which uses AVX-512 on Intel's CPUs only. oneDNN, the other
+library that PyTorch brings along, uses it on all. So `linear` is oneDNN's on a CPU that has AVX-512, and F.linear
+elsewhere: with AVX2 alone, on a GPU, in bfloat16. The choice follows from the CPU and from torch, not from a
+measurement, which could choose differently the next time: two runs on one machine give the same numbers.
 
     python experiments/bench.py
 """
@@ -10,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-ONEDNN_FOR_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= 32 * x.shape[-1]  # for fewer vectors, as in decoding, starting oneDNN takes too long
         and not torch.is_autocast_enabled("cpu")
-        and ONEDNN_FOR_MKL
+        and ONEDNN
         and torch.backends.mkldnn.enabled
     ):
         y = OneDNNLinear.apply(x, weight)
@@ -50,5 +50,17 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def onednn_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (..., K), b (N, K) -> a bᵀ (..., N)."""
+    """a (..., K), b (N, K) -> a bᵀ (..., N). The operator is a private one of torch."""
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def use_onednn() -> bool:
+    """Whether this CPU has AVX-512, and this torch the operator, with the arguments and the result that we expect."""
+    try:
+        a, b = torch.ones(1, 3), torch.ones(2, 3)
+        return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.equal(onednn_product(a, b), a @ b.t())
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+
+
+ONEDNN = use_onednn()

@@ -145,9 +145,11 @@ class Settings:
     ] = 0.0
     delta: Annotated[float, SHARE, "how fast the reference ratio follows the weights"] = 0.1
     bound: Annotated[
-        float, POSITIVE, "the reference ratio stays within 1/bound and bound times the initial one, domain by domain"
+        float,
+        Limits(1, 1e12),
+        "the reference ratio stays within 1/bound and bound times the initial one, domain by domain",
     ] = 2.0
-    step_size: Annotated[float, NOT_NEGATIVE, "step size of the sheared schedule"] = 1.0
+    step_size: Annotated[float, Limits(0, 1e12), "step size of the sheared schedule"] = 1.0
     clip_excess: Annotated[
         bool, "sheared: a loss below its reference counts as equal to it, as in Sheared LLaMA's paper"
     ] = False
@@ -183,6 +185,7 @@ class Settings:
     utilisation: Annotated[
         float, Free, Limits(0.01, 1), "share of the GPU's peak that the dry run assumes is reached"
     ] = 0.4
+    dollars_per_gpu_hour: Annotated[float, Free, NOT_NEGATIVE, "price that the dry run assumes; 0 means unknown"] = 0.0
 
     def __post_init__(self):
         wrong = out_of_limits(self)

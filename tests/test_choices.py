@@ -26,6 +26,18 @@ def test_the_heaviest_are_kept_whole():
         assert set(z.unique().tolist()) == {0.0, 1.0}  # nothing to fold
 
 
+def test_biases_count_for_their_heads():
+    source = replace(SOURCE, n_kv_head=2, qkv_bias=True)
+    llama = random_llama(source)
+    before = choices.magnitude_scores(llama).head[1].square()
+    with torch.no_grad():  # KV group 1 of layer 1: its two query heads, its key, its value
+        for name, rows in (("q_proj", slice(12, 24)), ("k_proj", slice(6, 12)), ("v_proj", slice(6, 12))):
+            getattr(llama.layers[1].self_attn, name).bias[rows] = 0
+            getattr(llama.layers[1].self_attn, name).bias[rows.stop - 1] = 10
+    after = choices.magnitude_scores(llama).head[1].square()
+    assert after[0] == before[0] and 200 < after[1] - before[1] < 300
+
+
 def test_random_scores_follow_the_seed_alone():
     masks = PruningMasks(SOURCE, TARGET, 0)
     one, two = (choices.random_scores(masks, seed) for seed in (1, 2))

@@ -1,13 +1,15 @@
 """Domain weights: against the published code's numbers, a general convex solver, and what must hold at the edges."""
 
 import json
+import warnings
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
 from scipy.optimize import LinearConstraint, NonlinearConstraint, minimize
 
 import dro
-from dro import Mixture, Point, chi2, dro_weights, sheared_weights, update_ratio
+from dro import RHO_MIN, Mixture, Point, chi2, dro_weights, sheared_weights, update_ratio
 from scaling_law import FitError, ScalingLaw
 
 
@@ -128,6 +130,7 @@ def test_edges():
     assert dro_weights([2.0], [1.0], [1.0]) == pytest.approx([1.0])
     nearly = dro_weights([2, 2 + 1e-9, 2 - 1e-9], [0, 0, 0], p)
     assert np.isfinite(nearly).all() and chi2(nearly, p) <= 0.1 + 1e-9
+    assert dro_weights([3, 1, 1], [1, 1, 1], p, rho=np.inf, floor=0) == pytest.approx([1, 0, 0])
     losses, reference, p = random_case(np.random.default_rng(3))
     assert dro_weights(losses, reference, 3 * p) == pytest.approx(dro_weights(losses, reference, p))  # shares or counts
 
@@ -136,23 +139,122 @@ def test_edges():
 def test_losses_that_are_not_finite_are_refused(bad):
     p = [0.5, 0.3, 0.2]
     for call in (lambda: dro_weights(bad, [1, 1, 1], p), lambda: sheared_weights(p, bad, [1, 1, 1])):
-        with pytest.raises(ValueError, match="not finite"):
+        with pytest.raises(ValueError, match=r"losses\[0\] = (nan|inf) must be between"):
             call()
     mixture = Mixture(["cpp", "books", "wiki"], p, "dro", [1, 1, 1])
     with pytest.raises(ValueError, match="'cpp'"):
         update(mixture, 0.5, bad, [1, 1, 1], 1.0, [2, 2, 2], 1.0)
     with pytest.raises(ValueError):
         dro_weights([1, 1, 1], [1, 1, 1], [0.5, 0.5, 0.0])
-    for wrong in ({"rho": -1}, {"rho": np.nan}, {"temperature": -1}, {"temperature": np.inf}, {"floor": 1}):
-        with pytest.raises(ValueError, match="must not be negative"):
+    for wrong in ({"rho": -1}, {"rho": np.nan}, {"temperature": -1}, {"temperature": np.nan}, {"floor": 1}):
+        with pytest.raises(ValueError, match="must be between 0 and"):
             dro_weights([1, 2, 1], [1, 1, 1], p, **wrong)
-    for extreme in ({"rho": 1e-300}, {"rho": 1e-33}, {"temperature": 1e308}):
+    for extreme in ({"rho": 1e-300}, {"rho": 1e-33}, {"temperature": 1e308}, {"temperature": np.inf}):
         assert dro_weights([1, 2, 1], [1, 1, 1], p, **extreme) == pytest.approx(p)
+
+
+def by_bisection(excess, p, rho, floor, temperature):
+    """The definition in 300 digits: the smaller of the eta where chi2 = rho and the eta where Z = temperature."""
+    with localcontext() as context:
+        context.prec = 300
+        excess, p = ([Decimal(float(x)) for x in values] for values in (excess, p))
+        rho, floor, temperature = (Decimal(float(x)) for x in (rho, floor, temperature))
+        p = [x / sum(p) for x in p]
+
+        def at(eta):
+            above = [max(e - eta, Decimal(0)) for e in excess]
+            z = sum(x * a for x, a in zip(p, above))
+            q = [x * max(a, floor * z) for x, a in zip(p, above)]
+            q = [x / sum(q) for x in q]
+            return q, sum(x * (y / x - 1) ** 2 for x, y in zip(p, q)) / 2 <= rho and z >= temperature
+
+        high = max(e for e in excess if e < max(excess))
+        low = high - 1
+        while not at(low)[1]:
+            low -= 2 * (high - low)
+        if not at(high)[1]:
+            for _ in range(500):
+                middle = (low + high) / 2
+                low, high = (middle, high) if at(middle)[1] else (low, middle)
+        return [float(x) for x in at(high)[0]]
+
+
+def extreme_case(rng):
+    """Arguments of dro_weights: mostly what no run has, and some that are refused."""
+    n = rng.choice([1, 2, 3, 7, 200], p=[0.1, 0.2, 0.3, 0.35, 0.05])
+    numbers = [0, 1e-320, 1e-300, 1e-50, 1e-20, 1e-9, 0.1, 0.5, 1, 7, 1e9, 1e49, 1e300, np.inf, np.nan, -1]
+    losses, reference = (rng.choice([0, 1e-320, 1, 2, 2 + 1e-9, 1e9, 1e49], n) + rng.random(n) for _ in "lr")
+    ratio = 10.0 ** -rng.uniform(0, rng.choice([1, 20, 49]), n)
+    for x in (losses, reference, ratio):
+        if rng.random() < 0.2:
+            x[rng.integers(n, size=rng.integers(n + 1))] = rng.choice(numbers)
+    return losses, reference, ratio, rng.choice(numbers), rng.choice([0, 0.2, 0.9, 0.999]), rng.choice([0, *numbers])
+
+
+def test_extreme_input_is_refused_or_gives_what_must_hold():
+    """A seeded trial: no NaN and no warning; a mixture in the set, on its edge where there is a way on."""
+    rng, answers = np.random.default_rng(0), 0
+    for _ in range(1000):
+        losses, reference, p, rho, floor, temperature = extreme_case(rng)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                q = dro_weights(losses, reference, p, rho, floor, temperature)
+            except ValueError as error:
+                assert "must be between" in str(error) and "\n" not in str(error)
+                continue
+        answers, p, excess = answers + 1, p / p.sum(), losses - reference
+        assert q.sum() == pytest.approx(1) and (q >= floor / (1 + floor) * p * (1 - 1e-9)).all()
+        assert chi2(q, p) <= rho * (1 + 1e-9) + 1e-16
+        order = np.argsort(excess)
+        assert (np.diff((q / p)[order]) >= -1e-9 * (q / p).max()).all()
+        worst = excess == excess.max()
+        if temperature == 0 and RHO_MIN <= rho and q[worst].sum() < (1 - floor) * (1 - 1e-9) and (q != p).any():
+            assert chi2(q, p) == pytest.approx(rho, rel=1e-6)
+    assert answers > 400
+
+
+def test_extreme_input_gives_the_exact_weights():
+    """As the definition has them in 300 digits."""
+    rng, compared = np.random.default_rng(1), 0
+    while compared < 60:
+        losses, reference, p, rho, floor, temperature = extreme_case(rng)
+        try:
+            q = dro_weights(losses, reference, p, rho, floor, temperature)
+        except ValueError:
+            continue
+        excess, near = losses - reference, 1e-6 * np.abs([losses, reference]).max()
+        if len(p) > 9 or np.ptp(excess) < max(near, 1e-6) or not RHO_MIN < rho < np.inf:  # p by definition, or too slow
+            continue
+        if temperature == 0 or near < temperature < np.inf:  # a smaller one is lost in the rounding of the losses
+            assert q == pytest.approx(by_bisection(excess, p, rho, floor, temperature), rel=1e-6, abs=1e-8)
+            compared += 1
+
+
+def test_numbers_out_of_range_are_refused_by_name():
+    p = [0.5, 0.5]
+    for call, words in (
+        (lambda: update_ratio([0.5, np.nan], p, p), r"ratio\[1\] = nan"),
+        (lambda: update_ratio(p, [1, np.inf], p), r"q\[1\] = inf"),
+        (lambda: update_ratio(p, p, [0, 1]), r"initial\[0\] = 0"),
+        (lambda: update_ratio(p, p, p, delta=1.1), "delta = 1.1"),
+        (lambda: update_ratio(p, p, p, bound=1e300), "bound = 1e\\+300"),
+        (lambda: sheared_weights([1e-320, 1], p, p), r"weights\[0\] = 9.99989e-321"),
+        (lambda: sheared_weights(p, [1e300, 1], p), r"losses\[0\] = 1e\+300"),
+        (lambda: sheared_weights(p, p, p, step_size=np.inf), "step_size = inf"),
+        (lambda: sheared_weights(p, p, [1, 2, 3]), "one value per domain"),
+        (lambda: Mixture(["a", "b"], [1, 1e-60], "dro", p), r"initial\[1\] = 1e-60"),
+        (lambda: Mixture(["a", "b"], p, "dro", p, bound=0.5), "bound = 0.5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 def test_sheared_as_in_the_paper_ignores_domains_below_their_reference():
     w = sheared_weights([0.5, 0.5], [1.0, 3.0], [2.0, 2.0], smoothing=0, clip=True)
     assert w == pytest.approx(np.array([1, np.e]) / (1 + np.e))
+    for losses in ([1, 900], [1, 1e49]):
+        assert sheared_weights([1e-40, 1e-9], losses, [2, 2], step_size=1e40)[1] == pytest.approx(1 - 0.5e-4)
     assert sheared_weights([0.5, 0.5], [1, 900], [2, 2])[1] == pytest.approx(1 - 0.5e-4)  # no overflow
 
 

@@ -222,7 +222,17 @@ def test_the_benchmark_compares_models_of_one_size_and_trains_all(monkeypatch):
     """One round; speed itself is experiments/bench.py's to say."""
     monkeypatch.setattr(bench, "BATCH", 1)
     steps = bench.make_steps()
-    assert set(steps) == {"transformers", "dense, F.linear", "dense", "gated"}
+    assert set(steps) == {"transformers", "other products", "dense", "gated"}
     for step in steps.values():
         step()
-    assert 0 < bench.time_schedule(1) < 1
+    assert 0 < bench.time_schedule(1, points=12) < 1 and 0 < bench.time_weights(3) < 0.1
+
+
+def test_the_benchmark_says_which_bound_is_not_kept(capsys):
+    table = bench.Table()
+    table.add("time", 2.0, "ms", high=3)
+    table.add("speed", 0.8, low=0.85)
+    table.add("broken", float("nan"), high=1)
+    assert table.failed == ["speed", "broken"]
+    assert [line.endswith("FAILED") for line in capsys.readouterr().out.splitlines()] == [False, True, True]
+    assert bench.law_errors(12, 0.0, 3).max() < 1e-6

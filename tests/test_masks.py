@@ -1,6 +1,7 @@
 """Gates, constraint and extraction: against the published code's numbers, sampling, autograd and the gated model."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -181,7 +182,7 @@ def test_expected_params_of_decided_gates_are_the_targets(family):
     source = replace(SOURCE, n_kv_head=2, **family)
     masks = PruningMasks(source, target_of(FIELDS, source, replace(TARGET, n_head=2, n_kv_head=1)), 0).double()
     choose_(masks, magnitude_scores(random_llama(source)))
-    assert masks.expected_params(0).item() == pytest.approx(masks.target.n_params(), rel=1e-4)
+    assert masks.expected_params(0) == pytest.approx(masks.target.n_params(), rel=1e-4)
 
 
 # -- extraction -----------------------------------------------------------------------------------------------------
@@ -297,3 +298,20 @@ def test_equal_scores_are_ordered_by_lot():
     with torch.no_grad():
         gates.log_alpha[:, 7] -= 1.0  # what differs decides before the lot
     assert not (gates.deterministic(99) > 0)[:, 7].any()
+
+
+@pytest.mark.parametrize("where", [("layer", 0), ("head", 0), ("ffn", 0), ("hidden", ...), ("head", ...), ("ffn", ...)])
+def test_gates_that_all_close_in_one_layer_or_everywhere(where):
+    """Loss and gradients stay finite, and a layer that adds nothing is as if it were not there."""
+    model, (name, which) = random_llama(SOURCE), where
+    z = Gates(torch.ones(4), torch.ones(24), torch.ones(4, 4), torch.ones(4, 40))
+    getattr(z, name)[which] = 0
+    tokens = torch.arange(20).view(2, 10)
+    loss = model(tokens, Gates(*(gate.requires_grad_() for gate in z)), targets=tokens.roll(1, 1)).mean()
+    loss.backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in [*model.parameters(), *z])
+    if name == "layer":
+        del model.layers[0]
+        assert model(tokens, targets=tokens.roll(1, 1)).mean().item() == pytest.approx(loss.item(), rel=1e-6)
+    if name == "hidden":
+        assert loss.item() == pytest.approx(math.log(SOURCE.vocab_size), rel=1e-6)

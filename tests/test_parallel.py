@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -344,8 +345,14 @@ def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
         assert need[n]["optimizer"] == pytest.approx(8 * config.n_params() / n, rel=0.01)
         assert need[n]["all"] == pytest.approx(sum(need[n][kind] for kind in cost.ROWS))
     assert need[1]["gathered shards"] == 0 < need[2]["gathered shards"]
-    assert run(monkeypatch, *args, "--dry_run=True", "--world_size=2", "--gpu=80GB", "--out=out/never") == 0
-    assert "gathered shards" in capsys.readouterr().out and not Path("out/never").exists()
+    args += ["--gpu=h100", "--dollars_per_gpu_hour=1e9"]
+    assert run(monkeypatch, *args, "--dry_run=True", "--world_size=2", "--out=out/never") == 0
+    out = capsys.readouterr().out
+    assert "gathered shards" in out and "training tokens per second" in out and not Path("out/never").exists()
+    number = {row: float(re.search(rf"^{row} .*?([\d,]+)( tokens$| at \$)", out, re.M)[1].replace(",", ""))
+              for row in ("training", "evaluation", "price")}  # fmt: skip
+    flops = (number["training"] + number["evaluation"] / 3) * cost.flops_per_token(config, s.seq_len)
+    assert number["price"] == pytest.approx(1e9 * flops / (0.4 * 989e12) / 3600, rel=1e-3)
 
 
 def test_dry_run_of_ddp_knows_that_buckets_stay():

@@ -1,13 +1,18 @@
 """Matrix products against float64, and when oneDNN makes them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from plumbing import products
 from plumbing.products import linear
 
 
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("shape", [(32, 40), (3, 16, 40), (1, 33, 40), (2, 1, 40), (2, 0, 40)])
-def test_products_and_their_gradients_are_float64_s(shape):
+def test_products_and_their_gradients_are_float64_s(monkeypatch, onednn, shape):
+    monkeypatch.setattr(products, "ONEDNN", onednn)
     generator = torch.Generator().manual_seed(0)
     x, weight, grad = (torch.randn(s, generator=generator) for s in (shape, (24, 40), (*shape[:-1], 24)))
     # rows gated, or laid out in another order: what weights and activations look like in the model
@@ -23,12 +28,30 @@ def test_products_and_their_gradients_are_float64_s(shape):
             assert 0 in exact.shape or (ours.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="F.linear has no MKL to be slow with")
-def test_float32_products_are_onednn_s_and_can_be_turned_off(monkeypatch):
+def test_float32_products_are_onednn_s_where_it_is_chosen_and_can_be_turned_off(monkeypatch):
     x, weight = torch.randn(4, 8, 40), torch.randn(24, 40, requires_grad=True)
+    monkeypatch.setattr(products, "ONEDNN", False)
+    assert "OneDNN" not in linear(x, weight).grad_fn.name()
+    monkeypatch.setattr(products, "ONEDNN", True)
     assert "OneDNN" in linear(x, weight).grad_fn.name()
     assert "OneDNN" not in linear(x[:1], weight).grad_fn.name()  # too few rows to be worth it
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert "OneDNN" not in linear(x, weight).grad_fn.name()
+
+
+def test_onednn_is_chosen_by_what_the_cpu_can_do_and_what_torch_has(monkeypatch):
+    """AVX-512 or better, and an operator that is there, takes our arguments, and gives the product."""
+    for capability, chosen in (("DEFAULT", False), ("AVX2", False), ("AVX512", True), ("AVX512_VNNI", True)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        assert products.use_onednn() is chosen
+    operator = torch.ops.mkldnn._linear_pointwise
+    for other in (
+        SimpleNamespace(),  # it is gone
+        SimpleNamespace(_linear_pointwise=lambda a, b, bias: operator(a, b, bias, "none", [], "")),  # other arguments
+        SimpleNamespace(_linear_pointwise=lambda *arguments: operator(*arguments, "more")),  # torch's own refusal
+        SimpleNamespace(_linear_pointwise=lambda a, *rest: operator(a, *rest) + 1),  # another result
+    ):
+        monkeypatch.setattr(torch.ops, "mkldnn", other)
+        assert products.use_onednn() is False

@@ -257,7 +257,7 @@ def test_extreme_points_give_a_finite_law_or_none(seed):
     extremes = [1e-320, 1e-12, 1.0, 2.144, 1e6, 1e18, 1e150, 1e300, np.inf, np.nan, -1.0]
     for _ in range(40):
         n, d = rng.integers(5, 14), rng.integers(1, 4)
-        tokens = np.cumsum(rng.choice([0, 1, 1, 1e3, 1e9, 1e15], (n, d)), 0)
+        tokens = np.cumsum(rng.choice([0, 1, 1, 1e3, 1e9, 1e15, 1e300], (n, d)), 0)
         losses = 2 + np.sort(rng.random((n, d)), 0)[::-1]
         params = np.sort(10 ** rng.uniform(0, rng.choice([1, 300]), n))[::-1].copy()
         rates = rng.choice([0, 0.1, 1, 1e-320], n)
@@ -283,6 +283,16 @@ def test_a_prediction_that_is_not_finite_is_an_error():
     law = ScalingLaw(1.0, 2.0, 0.5, 1.0, 1e6, 1e6)
     with pytest.raises(FitError, match="finite"):
         law.predict(1e6, params=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_law_that_is_not_finite_is_an_error(monkeypatch, wrong):
+    """Whatever the solver returns."""
+    for place in range(5):
+        monkeypatch.setattr("scaling_law.solve", lambda points, i=place: np.where(np.arange(5) == i, wrong, 0.5))
+        with pytest.raises(FitError, match="finite"):
+            fit(GOOD, 1 / GOOD, params=np.linspace(2, 1, 12))
 
 
 def test_the_jacobian_is_the_derivative():
