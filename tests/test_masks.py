@@ -180,7 +180,9 @@ def test_expected_params_are_those_of_sampled_models():
 @pytest.mark.parametrize("family", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=str)
 def test_expected_params_of_decided_gates_are_the_targets(family):
     source = replace(SOURCE, n_kv_head=2, **family)
-    masks = PruningMasks(source, target_of(FIELDS, source, replace(TARGET, n_head=2, n_kv_head=1)), 0).double()
+    masks = PruningMasks(
+        source, target_of(FIELDS, source, replace(TARGET, n_head=2, n_kv_head=1)), 0, settle_at=0
+    ).double()
     choose_(masks, magnitude_scores(random_llama(source)))
     assert masks.expected_params(0) == pytest.approx(masks.target.n_params(), rel=1e-4)
 
