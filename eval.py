@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 import warnings
 from functools import partial
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from model import Gates, KVCache, Llama
 from plumbing import parallel
-from plumbing.command_line import Parser, user_errors
+from plumbing.command_line import Parser, check_output, command, number, user_errors
 from plumbing.continuation import answer, encode, make_or_read, start_of_text, write_all
 from plumbing.data import TokenData
 from plumbing.dataset import DamagedData
@@ -191,6 +190,7 @@ def main():
         print(loss_table(report["models"]))
     if args.json:
         with user_errors():
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             Path(args.json).write_text(json.dumps(report, indent=1))
 
 
@@ -231,7 +231,6 @@ def print_samples(models: dict[str, Llama], tokenizer: Tokenizer, args: argparse
 
 def fill_in_defaults(args: argparse.Namespace, data: TokenData, models: dict[str, Llama], device: torch.device) -> None:
     """Those that depend on something else."""
-    args.asking = bool(args.continuation or args.questions or args.write_questions)
     if args.dtype is None:
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     if args.sequences is None:
@@ -246,20 +245,20 @@ def check(args: argparse.Namespace, data: TokenData, models: dict[str, Llama]) -
     """ValueError for what cannot be, or does not fit together."""
     for path, model in models.items():
         check_tokenizer(path, model.config, data)
-    for name, low in (("sequences", 0), ("batch_size", 1), ("tokens", 1)):
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {low}")
-    if args.asking and not args.questions and args.sequences == 0:
-        raise ValueError("--sequences 0 means all sequences, but questions need a number, as in --sequences 200")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: no such directory")
-    if args.json and Path(args.json).is_dir():
-        raise ValueError(f"--json {args.json}: this is a directory, the path of a file is needed")
     longest = min(model.config.max_seq_len for model in models.values())
-    if not 0 < args.seq_len <= longest:
+    if args.seq_len > longest:
         raise ValueError(f"--seq_len {args.seq_len}: the models take 1 to {longest} tokens")
     for domain in data.domains:
         data.eval_sequences(domain, args.split, args.seq_len, 1)  # raises where there is too little text
+
+
+def utf8(text: str) -> str:
+    """The type of an option that is a text. Python turns bytes of the command line that are no UTF-8 into others."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("this is no UTF-8 text") from None
+    return text
 
 
 def arguments() -> argparse.Namespace:
@@ -277,14 +276,14 @@ def arguments() -> argparse.Namespace:
     )
     group.add_argument(
         "--seq_len",
-        type=int,
+        type=number(int, 0),
         default=0,
         metavar="N",
         help="Tokens per sequence. Default: the window of the data set, or less where a model takes less.",
     )
     group.add_argument(
         "--sequences",
-        type=int,
+        type=number(int, 0),
         metavar="N",
         help="How many sequences of each domain are evaluated, evenly spread over the split; 0 means all. With "
         "--continuation: how many questions of each domain are asked. "
@@ -305,11 +304,13 @@ def arguments() -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("a sample, instead of losses and speed")
-    group.add_argument("--sample", metavar="TEXT", help="Let each model continue this text.")
-    group.add_argument("--tokens", type=int, default=200, metavar="N", help="How many tokens it adds. Default: 200.")
+    group.add_argument("--sample", type=utf8, metavar="TEXT", help="Let each model continue this text.")
+    group.add_argument(
+        "--tokens", type=number(int, 1, 10**6), default=200, metavar="N", help="How many tokens it adds. Default: 200."
+    )
     group.add_argument(
         "--temperature",
-        type=float,
+        type=number(float, 0),
         default=0.8,
         metavar="X",
         help="Logits are divided by it before a token is drawn. 0 takes the likeliest token. Default: 0.8.",
@@ -328,20 +329,32 @@ def arguments() -> argparse.Namespace:
     )
     group.add_argument(
         "--batch_size",
-        type=int,
+        type=number(int, 1),
         default=16,
         metavar="N",
         help="How many sequences are computed at once. More need more memory; the results are the same to rounding. "
         "Default: 16.",
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="Seed of the questions and of the sample. Default: 0."
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="Seed of the questions and of the sample. Default: 0.",
     )
 
     group = parser.add_argument_group("results")
     group.add_argument("--json", metavar="FILE", help="Write the results into this file, too.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.asking = bool(args.continuation or args.questions or args.write_questions)
+    if args.asking and not args.questions and args.sequences == 0:
+        raise ValueError("--sequences 0 means all sequences, but questions need a number, as in --sequences 200")
+    if 0 < args.temperature < 1e-3:
+        raise ValueError(f"--temperature {args.temperature} must be 0 or at least 0.001")
+    if args.json:
+        check_output(Path(args.json))
+    return args
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -18,7 +18,7 @@ The seven colours are from the palette of Okabe and Ito, which colour-blind read
 """
 
 import argparse
-import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from dro import COLLECT_FROM, PREDICT_FROM, RATIO_FROM
-from plumbing.command_line import Parser, user_errors
+from plumbing.command_line import Parser, check_output, command, one_line, user_errors
+from plumbing.records import parse_metrics
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, no yellow
 MARKERS = ["", "o", "s", "^", "D", "v", "X", "P"]  # the eighth to the fourteenth line have circles, the next squares
@@ -68,13 +69,17 @@ STYLE = {
 
 @dataclass
 class Metrics:
-    """What metrics.jsonl says about a run: its `run` line, its `train` and `eval` lines, and its `end` line, if any."""
+    """What metrics.jsonl says about a run: its `run` line, its `train` and `eval` lines, and its `end` line, if any.
+
+    left_out: what is wrong with each line that does not fit (plumbing/records.py), such as a half-written last one.
+    """
 
     path: Path
     info: dict
     train: list[dict]
     evals: list[dict]
     end: dict | None
+    left_out: list[str]
 
     @property
     def name(self) -> str:
@@ -101,20 +106,34 @@ def read_metrics(path: str | Path) -> Metrics:
         raise ValueError(f"{path}: no such run" + (f"; there are {', '.join(near)}" if near else ""))
     if not file.is_file():
         raise ValueError(f"{file}: no such file; plot.py needs a directory that train.py has written to")
-    lines = defaultdict(list)
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    lines, left_out = defaultdict(list), []
+    for number, text in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            record = json.loads(text)
-        except ValueError:
-            continue  # a half-written line: the run is going on
-        lines[get(record, "type")].append(record)
-    info = lines["run"][-1] if lines["run"] else {}
-    missing = [name for name in ("stage", "steps", "domains", "tokens_per_step") if name not in info]
-    if missing:
-        raise ValueError(f"{file}: not the metrics of a run: there is no `run` line with {', '.join(missing)}")
+            record = parse_metrics(text)
+            check_lists(record)
+            lines[record["type"]].append(record)
+        except ValueError as error:
+            left_out.append(f"{file}:{number}: {error}")
+    wrong = f" ({left_out[0]})" if left_out else ""
+    if not lines["run"]:
+        raise ValueError(f"{file}: not the metrics of a run: there is no `run` line{wrong}")
     if not lines["eval"]:
-        raise ValueError(f"{file}: no evaluation yet, so there is nothing to draw; try again after the first one")
-    return Metrics(path, info, lines["train"], lines["eval"], lines["end"][-1] if lines["end"] else None)
+        raise ValueError(f"{file}: no evaluation yet, so there is nothing to draw; try again after it{wrong}")
+    end = lines["end"][-1] if lines["end"] else None
+    return Metrics(path, lines["run"][-1], lines["train"], lines["eval"], end, left_out)
+
+
+def check_lists(record: dict) -> None:
+    """ValueError where the lists of a line do not belong together: a number for each step, a row for each layer."""
+    if curve := record.get("curve"):
+        if any(losses is not None and len(losses) != len(curve["step"]) for losses in curve["loss"].values()):
+            raise ValueError("the curve has another number of losses than of steps")
+    gates = {g: z for g, z in (record.get("gates") or {}).items() if z}
+    if len({len(z) for g, z in gates.items() if g != "hidden"}) > 1:
+        raise ValueError("the gates are of several numbers of layers")
+    for g in gates.keys() & {"head", "ffn"}:
+        if not gates[g][0] or len(set(map(len, gates[g]))) > 1:
+            raise ValueError(f"the gates of {g} are not as many in each layer")
 
 
 def get(record: dict | None, *keys: str):
@@ -250,7 +269,7 @@ def weights_figure(run: Metrics) -> Figure:
     # a label right of each line's end; labels are kept apart
     size = min(14, 330 / len(q))
     to_axes = ax.transData + ax.transAxes.inverted()
-    at = np.array([to_axes.transform((steps[-1], y[-1]))[1] for y in q.values()])
+    at = np.nan_to_num([to_axes.transform((steps[-1], y[-1]))[1] for y in q.values()])
     for d, here, there in zip(q, at, spread(at, 1.25 * size / 380)):
         text = f"{shorten(d, 18)}  {q[d][-1]:#.3g} %"
         ax.text(1.045, there, text, transform=ax.transAxes, va="center", fontsize=size)
@@ -268,10 +287,10 @@ def weights_figure(run: Metrics) -> Figure:
         entries.append(entry(text, **style, marker="|", ms=16, ls=""))
     legend(fig, entries)
 
-    growth = {d: q[d][-1] / p[d][0] for d in run.domains}
-    most = max(growth, key=growth.get)
+    growth = {d: q[d][-1] / p[d][0] for d in run.domains if p[d][0] > 0}
+    most = max(growth, key=growth.get, default=None)
     text = "every domain keeps its share of the batches"
-    if growth[most] > 1.005:
+    if most and growth[most] > 1.005:
         text = f"{shorten(most, 18)} gets {q[most][-1]:.3g} % of the batches, {growth[most]:.2f} times its first share"
     heading(fig, run, text)
     text = f"{run.info.get('schedule')} schedule"
@@ -375,7 +394,7 @@ def sparsity_figure(run: Metrics) -> Figure | None:
             ax.set_ylim(0)
     for ax in grid[0]:
         ax.set_xlabel("")
-    gaps = [abs(get(run.train[-1], "sparsity", g) - get(run.train[-1], "target_sparsity", g)) for g in pruned]
+    gaps = [abs(series(run.train, "sparsity", g) - series(run.train, "target_sparsity", g))[-1] for g in pruned]
     heading(fig, run, f"expected sparsity is at most {100 * max(gaps):.2g} percentage points off its target")
     entries = [entry(NAMES[g], color=look[g]["color"]) for g in pruned]
     legend(fig, [*entries, entry("target t", ls="--", lw=1.4)])
@@ -449,7 +468,7 @@ def comparison_figure(runs: list[Metrics]) -> Figure:
             # NaN, a gap, where a domain is missing: an average over fewer domains is another measure
             draw(ax, tokens, reduce(values, axis=0), marker, color=color, ls=ls, lw=lw, gid=f"{kind} {name}")
             if run.end:
-                at = run.info["tokens_per_step"] * run.end["step"]
+                at = float(run.info["tokens_per_step"] * run.end["step"])
                 ax.plot(at, reduce(final), "*", ms=15, color=color, mec="white", clip_on=False, zorder=5)
         dots.plot([*final, final.mean()], rows, marker or "o", ms=10, color=color, alpha=0.8, gid=f"final {name}")
     zoom(ax)
@@ -493,8 +512,15 @@ def main():
         runs = list({Path(path).resolve(): read_metrics(path) for path in args.runs}.values())
         common_domains(runs)  # raises an error before anything is written
         out = args.out or runs[0].path
+        for directory in {out} if len(runs) == 1 else {out, *(run.path for run in runs)}:
+            for name in (*FIGURES, "comparison"):
+                check_output(directory / f"{name}.png")
         out.mkdir(parents=True, exist_ok=True)
 
+    for run in runs:
+        if run.left_out:
+            note = f"lines that are left out: {len(run.left_out)}; the first: {one_line(run.left_out[0], 500)}"
+            print(f"plot.py: {run.path}: {note}", file=sys.stderr)
     pictures = {}
     for run in runs:
         directory = out if len(runs) == 1 else run.path
@@ -509,4 +535,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

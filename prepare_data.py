@@ -37,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing import records
-from plumbing.command_line import Parser, user_errors
+from plumbing.command_line import Parser, command, user_errors
 from plumbing.dataset import SPLITS, TokenData, check_domains
 from plumbing.documents import read_file
 from plumbing.folder import File, folder_files
@@ -310,7 +310,7 @@ def check_arguments(
     for name, value, is_fine, need in (
         ("held_out", held_out, 0 < held_out < 1, "between 0 and 1"),
         ("window", window, 2 <= window <= records.MAX_WINDOW, f"2 to {records.MAX_WINDOW:,}"),
-        ("workers", workers, workers >= 1, "1 or more"),
+        ("workers", workers, 1 <= workers <= 1024, "1 to 1024"),
         ("seed", seed, 0 <= seed <= records.MAX_INT, "0 or more"),
         ("max_mb", max_mb, 0 <= max_mb < math.inf, "0 (no limit) or more"),
         ("domain_field", domain_field, not (installed and domain_field), "for a folder of jsonl files, not installed"),
@@ -472,4 +472,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

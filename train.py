@@ -34,7 +34,7 @@ from masks import PruningMasks, extract
 from model import Gates, Llama, LlamaConfig, read_config
 from plumbing import checksums, choices, cost, parallel, records
 from plumbing import cut as cutting
-from plumbing.command_line import load, user_errors
+from plumbing.command_line import command, load, user_errors
 from plumbing.data import BatchReader, TokenData
 from plumbing.dataset import DamagedData
 from plumbing.log import Log, Meter, give_up, say
@@ -355,6 +355,7 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
             shape, start = model_shape(s, s.init_from, data), directory_of(s.init_from)
         else:
             shape, start = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
+        cost.check_memory(s, shape, device)
         why_not = None
         if run.state:
             reader.load_state_dict(run.state["reader"])
@@ -444,4 +445,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -4,9 +4,10 @@
     python train.py --help                                         # every setting, its default and its meaning
 
 A config file is plain Python assignments of literals and arithmetic on them (`tokens = 32 * 4096`). It is parsed and
-not run, so it can do nothing but set values, and a misspelt key is an error instead of a silent default. The assignment
-`base = "other.py"` reads another config file of the same folder first. Every problem of the files and of the command
-line is reported at once.
+not run, so it can do nothing but set values, and a misspelt key is an error instead of a silent default. Its text, the
+depth of an expression and the size of a number are limited, so reading it ends at once, whatever stands in it. The
+assignment `base = "other.py"` reads another config file of the same folder first. Every problem of the files and of the
+command line is reported at once.
 
 `user_errors` is how every command of this project treats a mistake: one line on stderr, exit status 2.
 """
@@ -23,6 +24,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -41,23 +43,31 @@ OPERATORS = {
 }
 
 
+LONGEST, DEEPEST = 100_000, 50  # characters of a config file or a value, and how deep an expression may be nested
+LARGEST = 2**63  # whole numbers are below it, as in the libraries that they are given to
+
+
 @contextmanager
 def user_errors(*kinds: type[Exception]):
     """Turn an error raised inside into one line on stderr and exit status 2, without a traceback: an error of these
     kinds, by default a ValueError or OSError.
 
     Wrap the part of a command that reads what the user gave; leave the part where such an error would be our own
-    mistake outside, so that it keeps its traceback. A terminal that cannot show a character gets its number.
+    mistake outside, so that it keeps its traceback. What a terminal cannot show is printed as an escape sequence, here
+    and later.
     """
     kinds = kinds or (ValueError, OSError)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
+    except BrokenPipeError:  # for `command`
+        raise
     except kinds as error:
         if isinstance(error, OSError) and error.filename is not None:
             error = f"{error.filename}: {error.strerror}"
-        line = f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
+        line = f"{Path(sys.argv[0]).name}: {one_line(str(error), 2000)}"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts many processes: one on each machine says it
             print(line, file=sys.stderr)
         tell_torchrun(line)
@@ -68,6 +78,25 @@ def tell_torchrun(line: str) -> None:
     """Have torchrun, if it started this process, show this line in its report, which is the last that is printed."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a command. It ends in silence where nobody reads its output any more, as in `train.py --help | head`."""
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
+        sys.exit(1)
+
+
+def one_line(text: str, length: int = 80) -> str:
+    """A text without line breaks and control characters, cut where it is too long."""
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: length + 1])
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,22 +117,70 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+def parse(text: str, mode: str) -> ast.AST:
+    """The syntax tree of a text. ValueError for what is not Python, too long or nested too deep."""
+
+    def depth(node: ast.AST) -> int:
+        return 1 + max(map(depth, ast.iter_child_nodes(node)), default=0)
+
+    if len(text) > LONGEST:
+        raise ValueError(f"it is longer than {LONGEST:,} characters")
+    try:
+        with warnings.catch_warnings():  # of odd spellings, such as "\d"
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text, mode=mode)
+        if depth(tree) > DEEPEST:
+            raise RecursionError
+    except SyntaxError as error:
+        raise ValueError(str(error)) from None
+    except (RecursionError, MemoryError):  # MemoryError is how Python's own parser says it
+        raise ValueError("it is nested too deep") from None
+    return tree
+
+
 def literal(node: ast.AST) -> Any:
-    """Value of a parsed expression made of literals and arithmetic on them; ValueError for anything else."""
+    """Value of an expression made of literals and arithmetic on numbers; ValueError for anything else. The expression
+    comes from `parse`, which limits its depth."""
     match node:
-        case ast.Expression(body=body):
-            return literal(body)
-        case ast.Constant(value=value):
+        case ast.Constant(value=str() | bool() | float() as value):
             return value
+        case ast.Constant(value=int(value)):
+            return in_range(value)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](literal(left), literal(right))
+            return compute(type(op), literal(left), literal(right))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](literal(operand))
+            return compute(type(op), literal(operand))
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return [literal(item) for item in items]
         case ast.Dict(keys=keys, values=values) if None not in keys:
-            return {literal(k): literal(v) for k, v in zip(keys, values)}
-    raise ValueError(f"only literals and arithmetic on them are allowed, not `{ast.unparse(node)}`")
+            names = [literal(key) for key in keys]
+            if not all(type(name) is str for name in names) or len(set(names)) < len(names):
+                raise ValueError("the keys of {...} must be texts, each of them once")
+            return {name: literal(value) for name, value in zip(names, values)}
+    raise ValueError(f"only literals and arithmetic on them are allowed, not `{one_line(ast.unparse(node))}`")
+
+
+def compute(operation: type[ast.AST], *numbers: Any) -> int | float:
+    """The result of one operation. ValueError for one that is not on numbers, or has no result that a setting can have.
+    Whatever the numbers are, it takes no time."""
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("arithmetic is for numbers only")
+    if operation is ast.Pow and set(map(type, numbers)) == {int} and numbers[0].bit_length() * numbers[1] > 256:
+        return in_range(LARGEST)  # it has more than 128 bits
+    try:
+        result = OPERATORS[operation](*numbers)
+    except ArithmeticError as error:
+        raise ValueError(f"it cannot be computed: {error}") from None
+    if type(result) is complex:
+        raise ValueError("it is the root of a number below 0")
+    return in_range(result)
+
+
+def in_range(value: int | float) -> int | float:
+    """The value. ValueError for a whole number that is too large."""
+    if type(value) is int and abs(value) >= LARGEST:
+        raise ValueError("a whole number must be below 2**63")
+    return value
 
 
 class Limits(NamedTuple):
@@ -150,13 +227,45 @@ def fields(cls: type) -> dict[str, Field]:
 
 def out_of_limits(settings: Any) -> list[str]:
     """What is wrong with the numbers of an instance of such a dataclass, one text for each."""
-    wrong = []
-    for name, field in fields(type(settings)).items():
-        value = getattr(settings, name)
-        if field.limits and not (field.limits.low <= value <= field.limits.high and math.isfinite(value)):
-            low, high = field.limits
-            wrong.append(f"{name} = {value} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}"))
-    return wrong
+    values = {name: (getattr(settings, name), field.limits) for name, field in fields(type(settings)).items()}
+    return [f"{name} = {value} {wrong}" for name, (value, limits) in values.items() if (wrong := beyond(value, limits))]
+
+
+def beyond(value: Any, limits: Limits | None) -> str:
+    """What a number must be, where it is not; otherwise nothing. NaN and infinity are beyond any limits."""
+    low, high = limits or (-math.inf, math.inf)
+    if type(value) not in (int, float) or (low <= value <= high and math.isfinite(value)):
+        return ""
+    if not math.isfinite(value):
+        return "must be finite"
+    return f"must be at least {low}" if high == math.inf else f"must be {low} to {high}"
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], int | float]:
+    """The type of an option that is a number within limits, for argparse's `add_argument`. It takes arithmetic, as
+    settings do."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = coerce(value_of(text, kind), kind)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if wrong := beyond(value, Limits(low, high)):
+            raise argparse.ArgumentTypeError(f"{value} {wrong}")
+        return value
+
+    return read
+
+
+def check_output(file: Path) -> None:
+    """ValueError unless a file can be written there, or its directories made first: called before the work is done."""
+    if file.is_dir():
+        raise ValueError(f"{file}: this is a directory, the path of a file is needed")
+    there = next(path for path in (file, *file.absolute().parents) if path.exists())
+    if there != file and not there.is_dir():
+        raise ValueError(f"{file}: {there} is not a directory")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{file}: {there} cannot be written")
 
 
 def coerce(value: Any, kind: type) -> Any:
@@ -164,14 +273,14 @@ def coerce(value: Any, kind: type) -> Any:
     expected."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{value!r} is not one of {', '.join(map(repr, get_args(kind)))}")
+            raise ValueError(f"{one_line(repr(value))} is not one of {', '.join(map(repr, get_args(kind)))}")
         return value
     if kind is float and type(value) is int:
         return float(value)
     if kind is str and type(value) is str and value.startswith("~/"):
         return os.path.expanduser(value)
     if type(value) is not kind:
-        raise ValueError(f"{value!r} is {_named(type(value))}, {_named(kind)} is needed")
+        raise ValueError(f"{one_line(repr(value))} is {_named(type(value))}, {_named(kind)} is needed")
     return value
 
 
@@ -191,7 +300,7 @@ def load(cls: type, args: list[str]) -> Any:
     def put(where: str, key: str, read: Callable[[], Any]):
         try:
             values[key] = coerce(read(), known[key].kind)
-        except (ValueError, TypeError, ArithmeticError) as error:
+        except ValueError as error:
             problems.append(f"{where}: {key}: {error}")
 
     def unknown(where: str, key: str):
@@ -263,8 +372,8 @@ def _placeholder(kind: type) -> str:
 def value_of(text: str, kind: type) -> Any:
     """What an option's text says: a Python literal, or the text itself, as in `--out=out/my run`."""
     try:
-        node = ast.parse(text, mode="eval").body
-    except SyntaxError:
+        node = parse(text, "eval").body
+    except ValueError:
         return text
     if kind is str or get_origin(kind) is Literal:
         return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else text
@@ -279,24 +388,26 @@ def read_config(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -
         problems.append(f"{path}: no such config file" + (f"; there are {', '.join(others)}" if others else ""))
         return []
     try:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-    except (SyntaxError, ValueError) as error:
+        with open(path, encoding="utf-8") as file:
+            body = parse(file.read(LONGEST + 1), "exec").body
+    except ValueError as error:
         problems.append(f"{path}: not a config file: {error}")
         return []
-    found = []
+    found, named = [], None
     for statement in body:
         where = f"{path}:{statement.lineno}"
         match statement:
-            case ast.Assign(targets=[ast.Name(id="base")], value=ast.Constant(value=str(name))):
-                base = path.parent / name
-                if base.resolve() in [other.resolve() for other in (path, *above)]:
+            case ast.Assign(targets=[ast.Name(id="base")], value=ast.Constant(value=str(name))) if named is None:
+                named = path.parent / name
+                if named.resolve() in [other.resolve() for other in (path, *above)]:
                     problems.append(f"{where}: base = {name!r} leads back to this file")
                 else:
-                    found[:0] = read_config(base, problems, (path, *above))
+                    found[:0] = read_config(named, problems, (path, *above))
             case ast.Assign(targets=[ast.Name(id=key)], value=node):
                 found.append((where, key, node))
             case ast.Expr(value=ast.Constant()):
                 pass  # a docstring
             case _:
-                problems.append(f"{where}: only `name = value` is allowed, not `{ast.unparse(statement)}`")
+                text = one_line(ast.unparse(statement))
+                problems.append(f"{where}: only `name = value` is allowed, not `{text}`")
     return found

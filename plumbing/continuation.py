@@ -30,7 +30,9 @@ from tqdm import tqdm
 
 from model import Llama
 from plumbing import parallel, randomness
+from plumbing.command_line import check_output
 from plumbing.data import TokenData
+from plumbing.records import QuestionLine, parse
 from plumbing.tables import time_left
 from plumbing.tokenizer import Tokenizer
 
@@ -52,6 +54,8 @@ class Question(NamedTuple):
 def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: str, n: int, seed: int) -> list[Question]:
     """Up to n questions from a domain's text, the same for the same seed. ValueError where the text has none.
 
+    The work is bounded by the length of the text, whatever n is.
+
     Both choices are LENGTH tokens as the tokenizer cuts question + choice, so that any scoring that takes all tokens
     together, or their mean, gives the same answer.
     """
@@ -65,7 +69,7 @@ def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: st
         return int(window * rng.integers(len(tokens) // window) + rng.integers(window - size + 1))
 
     found, used = [], set()
-    tries = 50 * n if window >= PREFIX + LENGTH else 0
+    tries = 50 * min(n, len(tokens)) if window >= PREFIX + LENGTH else 0
     for _ in range(tries):
         start, other = draw(PREFIX + LENGTH), draw(LENGTH)
         ids, wrong = tokens[start : start + PREFIX + LENGTH].tolist(), tokens[other : other + LENGTH].tolist()
@@ -101,16 +105,7 @@ def read_questions(file: Path) -> list[Question]:
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            found.append(Question(row["question"], row["choice1"], row["choice2"], row["label"]))
-            if not all(isinstance(text, str) for text in found[-1][:3]) or type(found[-1].label) is not int:
-                raise ValueError("question and choices must be text, the label a whole number")
-            if not (found[-1].choice1 and found[-1].choice2):
-                raise ValueError("no choice may be empty")
-            "".join(found[-1][:3]).encode()  # half a surrogate pair is no text
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file}:{number}: not a question ({error})") from None
+        found.append(Question(**parse(line, QuestionLine, f"{file}:{number}: not a question")))
     labels = {q.label for q in found}
     if labels == {1}:
         raise ValueError(
@@ -142,7 +137,9 @@ def make_or_read(
 
 
 def write_all(folder: str, questions: dict[str, list[Question]]) -> None:
-    """A .jsonl file per domain."""
+    """A .jsonl file per domain. ValueError before anything is written where one of them cannot be."""
+    for domain in questions:
+        check_output(Path(folder) / f"{domain}.jsonl")
     Path(folder).mkdir(parents=True, exist_ok=True)
     for domain, asked in questions.items():
         write_questions(Path(folder) / f"{domain}.jsonl", asked)

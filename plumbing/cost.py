@@ -10,6 +10,7 @@ what CUDA and NCCL need for themselves. So a run must leave RESERVE free.
 The time is not measured. It is the FLOPs, recomputed ones too, divided by the GPU's peak times the assumed utilisation.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -39,6 +40,7 @@ GPUS = {  # name -> memory in bytes that a process can use
     "a100": 79 * GIB,
 }
 RESERVE = 4 * GIB
+MOST_GPUS = 1024  # that a dry run tries
 BYTES = 257  # vocabulary of a model from scratch: the data set is not looked at
 PUBLISHED = {  # shapes of models that are not at hand yet
     "Llama-2-7b-hf": LlamaConfig(32000, 32, 4096, 32, 32, 128, 11008, 4096),
@@ -91,7 +93,7 @@ def memory_of(name: str) -> float:
     """Memory in bytes of a GPU, or of a memory size such as 24GB. ValueError for neither."""
     if name.lower() in GPUS:
         return GPUS[name.lower()]
-    if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:(GB)|GiB)", name, re.IGNORECASE):
+    if size := re.fullmatch(r"(\d{1,9}(?:\.\d+)?) ?(?:(GB)|GiB)", name, re.IGNORECASE):
         return float(size[1]) * (1e9 if size[2] else GIB)
     raise ValueError(f"gpu = '{name}' is not one of {', '.join(GPUS)}, and no memory size such as 24GB")
 
@@ -226,6 +228,33 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     return {**result, "all": snapshot["Total"]}
 
 
+def least(c: LlamaConfig, sequences: int, seq_len: int, shards: int = 1) -> float:
+    """Bytes that a process surely holds at some moment of a training step. In the update these are the float32 weights,
+    their gradients and AdamW's two moments, or one of their `shards` shards. Before the backward pass these are
+    weights, moments, and the input of each layer for the sequences that are computed at once."""
+    numbers = 4 * c.n_params() / shards
+    return max(4 * numbers, 3 * numbers + 2 * sequences * seq_len * c.d_model * c.n_layer)
+
+
+def check_memory(s: Settings, source: LlamaConfig, device: torch.device) -> None:
+    """ValueError where a run needs more memory than there is: it is called before a model is made. What a process
+    surely holds is compared with all memory of the GPU, or with twice that of the machine, since some of it may be
+    swapped out. So nothing that could run is refused."""
+    mine, micro_batch = s.split_batch(parallel.size())
+    trained = source if s.gates == "learned" else s.target_shape(source) or source
+    need = least(trained, micro_batch, s.seq_len, parallel.size() if s.parallel == "fsdp" else 1)
+    need += 8 * mine * s.seq_len  # tokens of the step, int64
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > there:
+        raise ValueError(
+            f"a model of {trained.n_params():,} parameters, with {micro_batch:,} sequences of {s.seq_len:,} tokens at "
+            f"once, needs more than {readable(need)} of memory; {device} has no more than {readable(there)}"
+        )
+
+
 def remedies(s: Settings, n_params: int, space: float) -> Iterator:
     """Settings that need less memory, nearest first."""
     small = s
@@ -236,7 +265,7 @@ def remedies(s: Settings, n_params: int, space: float) -> Iterator:
     if s.parallel == "fsdp" and s.world_size > 1 and not s.shard_gradients:
         yield (small := replace(small, shard_gradients=True))
     small = replace(small, parallel="fsdp")
-    more = [2**k for k in range(1, 11) if 2**k > s.world_size]
+    more = [2**k for k in range(1, MOST_GPUS.bit_length()) if 2**k > s.world_size]
     for n in [s.world_size, *more] if s.parallel == "ddp" else more:
         # float32 weights, gradients and AdamW's two moments alone are 16 bytes per parameter
         if n > 1 and s.batch_size % n == 0 and 16 * n_params / n < space:
@@ -256,6 +285,8 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     target = s.target_shape(source)
     cut_at = s.cut_at if target else s.steps  # until then the source is trained, and then the target
     trained = source if cut_at else target
+    if (need := least(trained, 1, s.seq_len, MOST_GPUS)) > total:  # the numbers may be beyond what torch can count, too
+        raise ValueError(f"it does not fit: {MOST_GPUS:,} GPUs would need more than {readable(need)} each")
 
     tokens = s.steps * s.batch_size * s.seq_len
     train_flops = flops_per_token(trained, s.seq_len)

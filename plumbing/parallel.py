@@ -11,6 +11,7 @@ The gates are small: every process holds them all, and averages their gradients 
 
 import gc
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,14 +34,17 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 
 def find_device(name: str) -> torch.device:
     """The device of a name, 'auto' for CUDA if there is one. ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = re.fullmatch(r"cuda(?::(\d{1,4}))?", name)
+    if name != "cpu" and not gpu:
+        raise ValueError(f"device = {name!r} is not one of auto, cpu, cuda, cuda:0, cuda:1 and so on")
+    if gpu and int(gpu[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device = {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices")
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu or cuda is needed")
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = '{name}': {str(error).splitlines()[0]}") from None
-    return device
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:  # the driver's
+        raise ValueError(f"device = {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def start(device: torch.device) -> torch.device:

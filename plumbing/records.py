@@ -282,13 +282,112 @@ Checksums = dict[Text, Text]  # name of a file -> its checksum
 FirstRows = dict[Text, Natural]  # name of a tensor -> number of its first row in a file of a checkpoint
 
 
-ByDomain = dict[str, float | None]
+# -- metrics.jsonl: docs/metrics.md says what each key means --------------------------------------------------------
+
+Number = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]  # a measurement that a picture can show
+ByName = dict[str, Number | None]  # by domain, or by granularity
+
+
+class Curve(TypedDict):
+    """The predicted course of a run."""
+
+    step: Annotated[list[Number], msgspec.Meta(min_length=1)]
+    loss: dict[str, list[Number] | None]
+
+
+class GateValues(TypedDict):
+    """The gates of each granularity that is pruned."""
+
+    layer: NotRequired[list[Number] | None]
+    hidden: NotRequired[list[Number] | None]
+    head: NotRequired[list[list[Number]] | None]
+    ffn: NotRequired[list[list[Number]] | None]
 
 
 class RunLine(TypedDict):
-    """First line of metrics.jsonl."""
+    """What kind of run it is."""
 
+    type: Literal["run"]
+    name: NotRequired[str]
     stage: Literal["pretrain", "prune", "continue"]
     steps: Positive
     tokens_per_step: Positive
-    domains: list[str]
+    domains: Annotated[list[Text], msgspec.Meta(min_length=1, max_length=1000)]
+    schedule: NotRequired[str]
+    dynamic_reference: NotRequired[bool]
+    dynamic_ratio: NotRequired[bool]
+    source: NotRequired[dict[str, Positive] | None]
+    target: NotRequired[dict[str, Positive] | None]
+    parameters: NotRequired[Natural]
+    changed: NotRequired[dict[str, Any]]
+
+
+class Multiplier(TypedDict("Multiplier", {"lambda": NotRequired[ByName]})):
+    """A key that is a word of Python's."""
+
+
+class TrainLine(Multiplier):
+    """The steps since the last one of its kind."""
+
+    type: Literal["train"]
+    step: Natural
+    tokens: NotRequired[Natural]
+    loss: NotRequired[Number]
+    lr: NotRequired[Number]
+    grad_norm: NotRequired[Number]
+    weights: NotRequired[ByName]
+    epochs: NotRequired[ByName]
+    domain_loss: NotRequired[ByName]
+    constraint: NotRequired[Number]
+    sparsity: NotRequired[ByName]
+    target_sparsity: NotRequired[ByName]
+    undecided: NotRequired[ByName]
+    phi: NotRequired[ByName]
+
+
+class EvalLine(TypedDict):
+    """An evaluation."""
+
+    type: Literal["eval"]
+    step: Natural
+    tokens: Natural
+    loss: ByName
+    bits_per_byte: NotRequired[ByName]
+    domain_tokens: NotRequired[dict[str, Natural]]
+    parameters: NotRequired[Number]
+    epochs: NotRequired[ByName]
+    reference: NotRequired[ByName]
+    reference_is: NotRequired[dict[str, Literal["given", "predicted", "seen"] | None]]
+    prediction: NotRequired[ByName]
+    no_prediction: NotRequired[dict[str, str | None]]
+    curve: NotRequired[Curve | None]
+    ratio: NotRequired[ByName]
+    weights: NotRequired[ByName]
+    gates: NotRequired[GateValues | None]
+    sparsity: NotRequired[ByName]
+
+
+class EndLine(TypedDict):
+    """The finished model."""
+
+    type: Literal["end"]
+    step: Natural
+    loss: ByName
+    bits_per_byte: NotRequired[ByName]
+    parameters: NotRequired[Natural]
+    gates: NotRequired[GateValues | None]
+
+
+METRICS = {"run": RunLine, "train": TrainLine, "eval": EvalLine, "end": EndLine}
+
+
+class MetricsLine(TypedDict):
+    """Which of them a line is."""
+
+    type: Literal["run", "train", "eval", "end"]
+
+
+def parse_metrics(text: bytes) -> dict[str, Any]:
+    """One line of metrics.jsonl. ValueError for what is none."""
+    complaint = "not a line of metrics"
+    return parse(text, METRICS[parse(text, MetricsLine, complaint)["type"]], complaint)

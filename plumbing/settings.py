@@ -43,7 +43,7 @@ class Settings:
         Literal["source", "float32", "bfloat16", "float16"],
         "dtype of the finished model's weights; source: that of init_from, or float32 from scratch",
     ] = "source"
-    n_layer: Annotated[int, POSITIVE, "layers"] = 6
+    n_layer: Annotated[int, Limits(1, 10_000), "layers"] = 6
     d_model: Annotated[int, POSITIVE, "hidden dimensions"] = 128
     n_head: Annotated[int, POSITIVE, "query heads"] = 4
     n_kv_head: Annotated[int, NOT_NEGATIVE, "key/value heads; 0 means n_head"] = 0
@@ -85,7 +85,7 @@ class Settings:
     sparsity_warmup: Annotated[int, NOT_NEGATIVE, "steps in which the target sparsity rises from 0"] = 640
     gate_lr: Annotated[float, NOT_NEGATIVE, "peak learning rate of log_alpha"] = 1.0
     multiplier_lr: Annotated[float, NOT_NEGATIVE, "peak learning rate of lambda and phi"] = 1.0
-    log_alpha: Annotated[float, "initial log_alpha of every gate, clamped to ±4.605"] = math.log(100)
+    log_alpha: Annotated[float, Limits(-100, 100), "initial log_alpha of every gate, clamped to ±4.605"] = math.log(100)
     phi: Annotated[float, NOT_NEGATIVE, "initial phi of every granularity"] = 0.0
 
     steps: Annotated[int, Group("optimization"), POSITIVE, "optimizer steps"] = 1000
@@ -172,13 +172,13 @@ class Settings:
         bool, Free, "compute each layer again in the backward pass, which needs less memory and more time"
     ] = False
     compile: Annotated[bool, Free, "compile each layer with torch.compile"] = False
-    threads: Annotated[int, Free, NOT_NEGATIVE, "CPU threads; 0 means torch's choice"] = 0
+    threads: Annotated[int, Free, Limits(0, 1024), "CPU threads; 0 means torch's choice"] = 0
     log_interval: Annotated[int, Free, POSITIVE, "steps between log lines"] = 10
 
     dry_run: Annotated[
         bool, Free, Group("dry run"), "print what the run would need: two steps run on shapes, and nothing is written"
     ] = False
-    world_size: Annotated[int, Free, POSITIVE, "number of GPUs that the dry run assumes"] = 1
+    world_size: Annotated[int, Free, Limits(1, 100_000), "number of GPUs that the dry run assumes"] = 1
     gpu: Annotated[
         str, Free, "GPU that the dry run assumes: h200, h100, a100, a100-40gb, or a memory size such as 24GB"
     ] = "h100"
@@ -193,6 +193,8 @@ class Settings:
             values = getattr(self, name).values()
             if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
                 wrong.append(f"{name} = {getattr(self, name)} must have a number above 0 for each domain")
+            elif not math.isfinite(sum(values)):
+                wrong.append(f"{name} = {getattr(self, name)} must have a finite sum")
         if not self.out:
             wrong.append("out is empty")
         if self.reference_losses and self.reference_model:

@@ -344,6 +344,7 @@ def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
         assert need[n]["weights"] == pytest.approx(4 * config.n_params() / n, rel=0.01)
         assert need[n]["optimizer"] == pytest.approx(8 * config.n_params() / n, rel=0.01)
         assert need[n]["all"] == pytest.approx(sum(need[n][kind] for kind in cost.ROWS))
+        assert 0.5 * need[n]["all"] < cost.least(config, s.batch_size // n, s.seq_len, n) < need[n]["all"]
     assert need[1]["gathered shards"] == 0 < need[2]["gathered shards"]
     args += ["--gpu=h100", "--dollars_per_gpu_hour=1e9"]
     assert run(monkeypatch, *args, "--dry_run=True", "--world_size=2", "--out=out/never") == 0

@@ -61,7 +61,7 @@ def records(stage="continue", domains=TOY, ratio=None, steps=200, stop=None, sch
         }
         if step and step % 5 == 0:
             line = {"type": "train", "step": step, "tokens": tokens, "loss": float(loss @ weights), "lr": 1e-3}
-            line |= {"grad_norm": 0.7, "tokens_per_second": 12000.0, "weights": by_domain(weights)}
+            line |= {"grad_norm": 0.7, "weights": by_domain(weights)}
             line["domain_loss"] = by_domain([None, *loss[1:]])
             if stage == "prune":
                 line |= {
@@ -101,7 +101,7 @@ def records(stage="continue", domains=TOY, ratio=None, steps=200, stop=None, sch
         extra = 0.06 if stage == "prune" else 0.0
         bits = by_domain((loss + extra) / np.log(2))
         end = {"type": "end", "step": steps, "loss": by_domain(loss + extra), "bits_per_byte": bits}
-        yield end | {"parameters": 491000, "seconds": 61.5}
+        yield end | {"parameters": 491000}
 
 
 def write(directory: Path, lines, tail: str = "") -> Path:
@@ -385,6 +385,42 @@ def test_everything_optional_may_be_missing(tmp_path):
     assert run.name == "bare" and plot.gates_figure(run) is None and plot.sparsity_figure(run) is None
 
 
+def test_lines_that_do_not_fit_are_left_out_and_counted(tmp_path):
+    lines = list(records("prune"))
+    line = next(r for r in lines if r["type"] == "eval" and r["curve"])
+    gates = line["gates"]
+    wrong = [{}, [], 3, None, "x", {"type": "eval"}, {"type": "evil"}, {"type": []}, {"type": "train", "step": -1}]
+    wrong += [line | {key: value} for key, value in [
+        ("step", 1.5), ("step", "1"), ("step", None), ("step", 10**400), ("step", 2**70), ("tokens", True),
+        ("loss", []),
+        ("loss", {"cpp": "1"}), ("loss", {"cpp": float("nan")}), ("loss", {"cpp": 1e300}), ("loss", {"cpp": 10**400}),
+        ("weights", {"cpp": [1]}), ("reference_is", {"cpp": "guessed"}), ("curve", {"step": [], "loss": {}}),
+        ("curve", line["curve"] | {"step": [1.0]}), ("curve", {"step": [1.0]}), ("gates", gates | {"layer": [1.0]}),
+        ("gates", gates | {"head": [[1.0], [], [1.0], [1.0], [1.0], [1.0]]}), ("gates", gates | {"ffn": [1.0] * 6}),
+        ("gates", gates | {"ffn": [[]] * 6}), ("gates", {"hidden": [[1.0]]}),
+    ]]  # fmt: skip
+    run = plot.read_metrics(write(tmp_path, [*lines, *wrong], tail="[" * 100_000 + "\n" + '{"type": "eval", "st'))
+    assert len(run.left_out) == len(wrong) + 2 and run.evals == evals(lines) and run.end == lines[-1]
+    first = len(lines) + 1
+    assert [int(text.split(":")[1]) for text in run.left_out] == list(range(first, first + len(wrong) + 2))
+    assert run.left_out[9].endswith("Expected `int`, got `float` - at `$.step`")
+
+
+def test_a_figure_of_odd_lines(tmp_path):
+    lines = list(records("prune"))[:-1]
+    train, evaluation = lines[-2], lines[-1]
+    assert (train["type"], evaluation["type"]) == ("train", "eval")
+    train |= {"sparsity": {"layer": 0.3, "head": None}, "target_sparsity": {"hidden": 0.1}, "lambda": {"zzz": 1.0}}
+    evaluation |= {"weights": {"cpp": 0.5, "zzz": 0.5}, "ratio": {"cpp": None}, "loss": {"python": 1e15}, "step": 2**62}
+    evaluation |= {"gates": {"layer": [], "hidden": [0.5], "head": [[0.0]] * 3}, "prediction": {}, "tokens": 2**62}
+    evals(lines)[0]["ratio"] = dict.fromkeys(TOY, 0)
+    lines.append({"type": "end", "step": 2**62, "loss": {}, "gates": {"ffn": None}})
+    run = plot.read_metrics(write(tmp_path, lines))
+    assert run.left_out == [] and run.end == lines[-1]
+    for figure in (*plot.FIGURES.values(), lambda run: plot.comparison_figure([run, run])):
+        figure(run).draw_without_rendering()
+
+
 # --- the command
 
 
@@ -393,7 +429,10 @@ def test_command_draws_what_applies(tmp_path):
     pretrain = write(tmp_path / "pretrain", records("pretrain", schedule="constant"))
     young = write(tmp_path / "young", records("prune", stop=10), tail='{"type": "tra')  # one evaluation
     done = run_plot(prune, pretrain, young, "--out", tmp_path / "figures")
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert (
+        "young: lines that are left out: 1; the first: " in done.stderr and "metrics.jsonl:5: not a line" in done.stderr
+    )
     drawn = {prune: ["weights", "loss", "sparsity", "gates"], pretrain: ["weights", "loss"]}
     drawn |= {young: drawn[prune], tmp_path / "figures": ["comparison"]}
     expected = [str(directory / f"{name}.png") for directory, names in drawn.items() for name in names]
@@ -422,7 +461,7 @@ def test_command_writes_into_the_first_run_by_default(tmp_path, monkeypatch, cap
         (["good", "foreign"], "no domain is in all of good, foreign"),
         ([], "required: RUN"),
         (["good", "--size=3"], "unrecognized arguments: --size=3"),
-        (["good", "--out", "good/metrics.jsonl"], "good/metrics.jsonl: File exists"),
+        (["good", "--out", "good/metrics.jsonl"], "good/metrics.jsonl is not a directory"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, args, said):
