@@ -39,29 +39,10 @@ from plumbing.settings import Settings  # noqa: E402
 from plumbing.tokenizer import load_tokenizer  # noqa: E402
 from prepare_data import prepare  # noqa: E402
 
-SECONDS, PICTURES = (
-    10,
-    200,
-)  # seconds of CPU time for an input; pictures are drawn of one in so many inputs, because that is slow
-VALUES = [
-    None,
-    True,
-    "",
-    "x",
-    "../x",
-    "/etc",
-    "\ud800",
-    "\0",
-    "é",
-    "x" * 10_000,
-    "DEEP",
-    [],
-    {},
-    [[]],
-    [None],
-    {"a": 1},
-]
-VALUES += [-1, 0, 1, 2, 2**31, 2**63, 2**70, 10**400, 0.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"), [1, "x"]]
+SECONDS = 10  # of CPU time, for an input
+PICTURES = 200  # pictures are drawn of one in so many inputs, because that is slow
+VALUES = [None, True, "", "x", "../x", "/etc", "\ud800", "\0", "é", "x" * 10_000, "DEEP", [], {}, [[]], [None]]
+VALUES += [-1, 0, 1, 2, 2**31, 2**63, 2**70, 10**400, 0.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"), {"a": 1}]
 EXPRESSIONS = (
     """9**9**9 1/0 'a'*10**9 -1 10**400 1e999 1e308*10 (-8)**0.5 nan None True f() x.y 1j b'x' 2**62 0 1e-320
     '' ' ( [] {} {'a':1}""".split()
