@@ -122,18 +122,23 @@ GATES = "--gate_lr=1.0 --multiplier_lr=0.1 --log_alpha=3.0 --phi=200.0 --sparsit
 ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=2".split()
 
 
-def run(monkeypatch, *args):
-    """train.py in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *SHAPE, *map(str, args)])
+def call(monkeypatch, main, *argv):
+    """A command in this process, by its main, its name and its arguments; its exit status."""
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        train.main()
+        main()
         return 0
     except SystemExit as end:
         return end.code
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def run(monkeypatch, *args):
+    """train.py with the shape that makes it take seconds, in this process; its exit status."""
+    return call(monkeypatch, train.main, "train.py", *SHAPE, *args)
 
 
 def metrics(out: Path, kind=None) -> list[dict]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SHAPE, TARGET, metrics, run
+from processes import fresh, train_py
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
@@ -22,6 +23,12 @@ from plumbing.models import load_model
 from plumbing.run import Run, newest_checkpoint
 
 
+def with_small_files(limit, *args):
+    """train.py, where no file may grow beyond `limit` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    train_py(*args)
+
+
 def test_a_full_disk_loses_nothing_older(chain, tmp_path, monkeypatch):
     """A limit on the size of files stands in for the disk: the save of step 40 fails, and the run ends as ever."""
     out, args = chain
@@ -29,21 +36,12 @@ def test_a_full_disk_loses_nothing_older(chain, tmp_path, monkeypatch):
     assert run(monkeypatch, *mine, "--stop_at=30") == 0
     (weights,) = (tmp_path / "x" / "checkpoints" / "step_000030").glob("optimizer-*.safetensors")
     limit = weights.stat().st_size // 2
-    done = subprocess.run(
-        [sys.executable, "train.py", *SHAPE, *map(str, mine)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    done = fresh(with_small_files, limit, *SHAPE, *mine)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr  # fmt: skip
     assert "File too large" in done.stderr and "the same command goes on from" in done.stderr
     assert newest_checkpoint(tmp_path / "x").name == "step_000030"
-    done = subprocess.run(
-        [sys.executable, "train.py", *SHAPE, *map(str, mine)], cwd=ROOT, capture_output=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
-    )  # fmt: skip
-    assert done.returncode != 0  # not even the settings can be written
+    done = fresh(with_small_files, 1000, *SHAPE, *mine)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr  # not even the settings can be written
     assert run(monkeypatch, *mine) == 0
     for name in ("model/model.safetensors", "model/pruning.json"):
         assert (tmp_path / "x" / name).read_bytes() == (out["prune"] / name).read_bytes()

@@ -2,11 +2,11 @@
 
 import json
 import math
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import metrics
+from conftest import call, metrics
 from conftest import run as train_run
 
 import eval as eval_module
@@ -28,12 +28,7 @@ def one_thread():
 
 
 def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-    try:
-        eval_module.main()
-        return 0
-    except SystemExit as end:
-        return end.code
+    return call(monkeypatch, eval_module.main, "eval.py", *args)
 
 
 def test_table_and_json_of_runs_checkpoints_and_models(chain, tiny_data, tmp_path, monkeypatch, capsys):
@@ -221,6 +216,8 @@ def test_text_as_short_as_the_window(chain, tmp_path, monkeypatch, capsys):
 def test_the_benchmark_compares_models_of_one_size_and_trains_all(monkeypatch):
     """One round; speed itself is experiments/bench.py's to say."""
     monkeypatch.setattr(bench, "BATCH", 1)
+    for name in ("CONFIG", "TARGET"):
+        monkeypatch.setattr(bench, name, replace(getattr(bench, name), n_layer=1, vocab_size=64))
     steps = bench.make_steps()
     assert set(steps) == {"transformers", "other products", "dense", "gated"}
     for step in steps.values():

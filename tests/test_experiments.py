@@ -5,16 +5,19 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import call
 from scipy import stats
 from scipy.optimize import minimize
 
 from plumbing.command_line import load
 from plumbing.data import TokenData
 from plumbing.tokenizer import load_tokenizer
+from prepare_data import prepare
 from train import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,15 +201,21 @@ def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
         compare.report(list(chains.values()), before)
 
 
-def test_mistakes_end_in_one_line(tmp_path):
+def test_mistakes_end_in_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("OUT", "DOCS"):  # which the command changes
+        monkeypatch.setattr(compare, name, getattr(compare, name))
     for args, words in (
-        (["--report", "--scale", "0.123"], "nothing in out/compare_0.123 is done"),
-        (["--jobs", "0"], "must be above 0"),
-        (["--data", str(tmp_path / "none")], "no data set there"),
+        (["--data", tmp_path / "none"], "no data set there"),
         (["--part", "skew", "--seed", "x"], "--seeds: invalid int value"),
+        (["--report", "--scale", "0.123"], "nothing in out/compare_0.123 is done"),
     ):
-        ended = subprocess.run([sys.executable, compare.__file__, *args], capture_output=True, text=True)
-        assert ended.returncode == 2 and words in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
+        assert call(monkeypatch, compare.main, "compare.py", *args) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+    command = [sys.executable, compare.__file__, "--jobs", "0"]  # as a person starts it, from anywhere
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and "must be above 0" in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
 
 
 @pytest.mark.parametrize("where", ["docs/compare", "docs/compare/tempered"])
@@ -217,8 +226,9 @@ def test_the_tables_in_the_docs_are_what_was_measured(where):
     assert where != "docs/compare" or compare.answers_table(results["skew"]) in text
 
 
-def test_a_law_sees_only_what_was_known():
+def test_a_law_sees_only_what_was_known(monkeypatch):
     """What comes after the given share of a run changes no prediction."""
+    monkeypatch.setattr(laws, "minimize", partial(minimize, options={"maxiter": 2}))  # the published fit takes long
     n, d = 25, 3
     progress, rng = np.linspace(0, 1, n), np.random.default_rng(0)
     tokens = 1e5 * progress[:, None] * np.array([3, 2, 1])
@@ -240,21 +250,19 @@ PAGE = "<html><head><title>no</title></head><p>{}</p><pre>apt\n install</pre><p>
 TEXTS = {"ar-MA": "مرحبا بالعالم", "ja-JP": "こんにちは、世界。", "de-DE": "Grüße", "zh-CN": "你好，世界"}
 
 
-def test_languages_come_through_whole(tmp_path):
+def test_languages_come_through_whole(monkeypatch, tmp_path, capsys):
     for name in languages.LANGUAGES:
         folder = tmp_path / "html" / name
         folder.mkdir(parents=True)
         for i in range(40):
             (folder / f"page{i}.html").write_text(PAGE.format(f"{i} " + TEXTS.get(name, name) * 9), "utf-8")
-    run = [sys.executable, ROOT / "experiments/languages.py", tmp_path / "html", tmp_path / "text"]
-    subprocess.run(run, check=True)
+    assert call(monkeypatch, languages.main, "languages.py", tmp_path / "html", tmp_path / "text") == 0
     assert (tmp_path / "text/ja/page7.txt").read_text("utf-8") == "7 " + TEXTS["ja-JP"] * 9 + "\n"
     assert (tmp_path / "text/en/page7.txt").read_text("utf-8").splitlines()[1:] == ["apt install", "Same in all."]
-    command = ["prepare_data.py", tmp_path / "text", "--out", tmp_path / "data", "--window", "16", "--workers", "1"]
-    subprocess.run([sys.executable, *map(str, command), "--held_out", "0.2"], cwd=ROOT, check=True, capture_output=True)
+    prepare(str(tmp_path / "text"), tmp_path / "data", window=16, held_out=0.2)
     data = TokenData(tmp_path / "data")
     assert data.domains == sorted(name.split("-")[0] for name in languages.LANGUAGES)
     train = load_tokenizer(data.tokenizer).decode(data.tokens("ja", "train").tolist())
     assert train.count(TEXTS["ja-JP"] * 9) >= 20 and "\ufffd" not in train
-    wrong = subprocess.run([*run[:2], tmp_path, tmp_path / "x"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "ar-MA" in wrong.stderr and not (tmp_path / "x").exists()
+    assert call(monkeypatch, languages.main, "languages.py", tmp_path, tmp_path / "x") == 2
+    assert "ar-MA" in capsys.readouterr().err and not (tmp_path / "x").exists()

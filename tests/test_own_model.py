@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,15 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import metrics, run
+from conftest import call, metrics, run
+from processes import fresh, resident_memory
 from test_model import relative
 
 import eval as eval_module
 from model import Llama, LlamaConfig, read_config
 from plumbing.data import TokenData
 from plumbing.huggingface import stored_dtype
+from plumbing.log import host_memory
 from plumbing.models import check_tokenizer
 from plumbing.tokenizer import fingerprint, load_tokenizer
 from prepare_data import prepare
@@ -133,10 +134,8 @@ def test_text_of_another_tokenizer_is_refused(theirs, data, tiny_data, tmp_path,
     assert run(monkeypatch, f"--data={tiny_data}", *args) == 2  # bytes: fewer ids than the model's, but others
     err = capsys.readouterr().err
     assert "its tokenizer is not the one" in err and f"--tokenizer {theirs}" in err and err.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(theirs), f"--data={tiny_data}"])
-    with pytest.raises(SystemExit) as end:
-        eval_module.main()
-    assert end.value.code == 2 and "its tokenizer is not the one" in capsys.readouterr().err
+    assert call(monkeypatch, eval_module.main, "eval.py", theirs, f"--data={tiny_data}") == 2
+    assert "its tokenizer is not the one" in capsys.readouterr().err
     small = tmp_path / "small"
     Llama.from_pretrained(theirs).save_pretrained(small)
     config = json.loads((small / "config.json").read_text())
@@ -269,24 +268,18 @@ def test_fingerprints_tell_tokenizers_apart(theirs):
     assert names[0] != names[1] == names[2]
 
 
+def load_whole(warm, path):
+    """Print how much more memory a process takes at its most while it loads a model, as a share of the model."""
+    Llama.from_pretrained(warm)  # what is loaded with the first tensor is not the model's
+    before = resident_memory()
+    model = Llama.from_pretrained(path)
+    print((host_memory() - before) / (4 * model.config.n_params()))
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_to_load_is_little_more_than_the_model(tmp_path):
     """In a fresh process: growth of the peak resident size over the size of the model in the run's dtype."""
-    code = f"""
-import resource, sys, torch
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-from model import Llama, LlamaConfig
-from plumbing.log import host_memory
-config = LlamaConfig(8000, 24, 512, 8, 8, 64, 2048, 128)
-if sys.argv[1] == "write":
-    Llama(config).save_pretrained({str(tmp_path)!r}, dtype=torch.bfloat16)
-    Llama(LlamaConfig(64, 1, 32, 2, 2, 16, 64, 32)).save_pretrained({str(tmp_path / "warm")!r}, dtype=torch.bfloat16)
-else:
-    Llama.from_pretrained({str(tmp_path / "warm")!r})  # what is loaded with the first tensor is not the model's
-    start = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-    Llama.from_pretrained({str(tmp_path)!r})
-    print((host_memory() - start) / (4 * config.n_params()))
-"""
-    subprocess.run([sys.executable, "-c", code, "write"], check=True)
-    done = subprocess.run([sys.executable, "-c", code, "read"], check=True, capture_output=True, text=True)
-    assert 0.9 < float(done.stdout) < 1.2
+    for name, shape in (("model", (2000, 10, 512, 8, 8, 64, 2048, 128)), ("warm", (64, 1, 32, 2, 2, 16, 64, 32))):
+        Llama(LlamaConfig(*shape)).save_pretrained(tmp_path / name, dtype=torch.bfloat16)
+    done = fresh(load_whole, tmp_path / "warm", tmp_path / "model")
+    assert 0.9 < float(done.stdout) < 1.2, done.stderr

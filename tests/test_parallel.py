@@ -7,41 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import GATES, ROOT, SHAPE, TARGET, metrics, run
+from processes import fresh, resident_memory, train_py
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
 from model import Llama, LlamaConfig
-from plumbing import cost, parallel
+from plumbing import cost, data, parallel
 from plumbing.command_line import load
+from plumbing.log import host_memory
+from plumbing.run import newest_checkpoint
 
 SMALL = LlamaConfig(257, 3, 32, 4, 2, 8, 48, 64, tie_embeddings=True)
-SPY = """
-import json, os, sys
-sys.path.insert(0, {root!r})
-import train
-from plumbing import data
-seen, next_batch = [], data.BatchReader.next_batch
-def spy(self, step, weights):
-    seen.append([step, list(weights), self.start, self.start + self.mine])
-    return next_batch(self, step, weights)
-data.BatchReader.next_batch = spy
-train.main()
-json.dump(seen, open({out!r} + "/rank" + os.environ["RANK"] + ".json", "w"))
-"""
-
-
-def torchrun(n: int, *command, options=(), **how) -> subprocess.CompletedProcess:
-    """torchrun with n processes, each on one thread."""
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", *options, *map(str, command)]
-    return subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +65,22 @@ def assert_same(lines: list[dict], expected: list[dict]):
         compare(line, other, f"{line['type']} {line.get('step')}")
 
 
+def spied(folder, *args):
+    """train.py; what each process is asked to draw, and its share of it, is written to `folder`."""
+    seen, next_batch = [], data.BatchReader.next_batch
+
+    def spy(self, step, weights):
+        seen.append([step, list(weights), self.start, self.start + self.mine])
+        return next_batch(self, step, weights)
+
+    data.BatchReader.next_batch = spy
+    train_py(*args)
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
 def test_two_ddp_processes_are_one_and_agree_on_the_mixture(pruning, tmp_path):
     args, expected = pruning
-    (tmp_path / "spy.py").write_text(SPY.format(root=str(ROOT), out=str(tmp_path)))
-    done = torchrun(2, tmp_path / "spy.py", *args, f"--out={tmp_path / 'x'}")
+    done = fresh(spied, tmp_path, *args, f"--out={tmp_path / 'x'}", n=2)
     assert done.returncode == 0, done.stderr
     assert_same(metrics(tmp_path / "x"), expected)
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
@@ -97,8 +93,8 @@ def test_sharded_processes_are_one_and_their_checkpoint_is_read_by_one(pruning, 
     """FSDP, other micro-batches, activation checkpointing; stopped after 10 steps and ended in a single process."""
     args, expected = pruning
     mine = [*args, f"--out={tmp_path / 'x'}"]
-    done = torchrun(2, "train.py", *mine, "--parallel=fsdp", "--micro_batch=1", "--activation_checkpointing=True",
-                    "--stop_at=10")  # fmt: skip
+    other = ["--parallel=fsdp", "--micro_batch=1", "--activation_checkpointing=True"]
+    done = fresh(train_py, *mine, *other, "--stop_at=10", n=2)
     assert done.returncode == 0 and "stopped after step 10" in done.stdout, done.stderr
     _, second = sorted((tmp_path / "x" / "checkpoints" / "step_000010").glob("weights-*-of-2.safetensors"))
     whole = second.read_bytes()
@@ -113,24 +109,8 @@ def test_one_process_is_continued_by_four_sharded_ones(pruning, tmp_path, monkey
     args, expected = pruning
     mine = [*args, f"--out={tmp_path / 'x'}"]
     assert run(monkeypatch, *mine, "--stop_at=10") == 0
-    done = torchrun(4, "train.py", *mine, "--parallel=fsdp")
+    done = fresh(train_py, *mine, "--parallel=fsdp", n=4)
     assert done.returncode == 0, done.stderr
-    assert_same(metrics(tmp_path / "x"), expected)
-
-
-def test_a_killed_process_is_restarted_by_torchrun(pruning, tmp_path):
-    args, expected = pruning
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2", "train.py"]
-    process = subprocess.Popen([*start, *args, f"--out={tmp_path / 'x'}", "--save_interval=2"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    deadline = time.time() + 120
-    while not (tmp_path / "x" / "checkpoints" / "step_000006").exists() and time.time() < deadline:
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and "going on from" in out
     assert_same(metrics(tmp_path / "x"), expected)
 
 
@@ -138,39 +118,44 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 import train
-from plumbing import checkpoint
-save = checkpoint.save
-def slow(*args):
-    time.sleep(4)
-    return save(*args)
-checkpoint.save = slow
+from plumbing.run import Run
+save = Run.save
+def slow(run, *args, **how):
+    time.sleep(3 * bool(run.signals))
+    return save(run, *args, **how)
+Run.save = slow
 train.main()
 """
 
 
-def test_torchrun_waits_for_a_slow_save_as_long_as_it_is_told_to(tiny_data, tmp_path):
+def test_torchrun_restarts_a_killed_process_and_waits_for_a_slow_save(pruning, tmp_path, monkeypatch):
     """Its processes are killed 30 s after SIGTERM, here 1 s; the documented commands give them the time of a save."""
+    args, expected = pruning
+    checkpoints, mine = tmp_path / "x" / "checkpoints", [*args, f"--out={tmp_path / 'x'}", "--save_interval=2"]
     (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--shutdown-timeout=60"]
-    args = [*SHAPE, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=100000", "--save_interval=100000"]
-    limits = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
-    process = subprocess.Popen([*start, tmp_path / "slow.py", *args], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | limits)  # fmt: skip
-    logged, deadline = tmp_path / "x" / "timings.jsonl", time.time() + 120
-    while not (logged.is_file() and logged.stat().st_size) and time.time() < deadline:
-        time.sleep(0.05)
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
+    here = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([*start, "--shutdown-timeout=60", tmp_path / "slow.py", *mine], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | here)  # fmt: skip
+    while process.poll() is None and not (checkpoints / "step_000004").exists():
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    while process.poll() is None and "going on from" not in process.stdout.readline():
+        pass
     process.send_signal(signal.SIGTERM)
+    step = int(re.search(r"stopped after step (\d+)", process.stdout.read())[1])
     process.wait(timeout=100)
-    [saved] = (tmp_path / "x" / "checkpoints").iterdir()
-    assert not saved.name.endswith(".partial")
+    assert newest_checkpoint(tmp_path / "x").name == f"step_{step:06d}"
+    assert not list(checkpoints.glob("*.partial"))
+    assert run(monkeypatch, *mine) == 0
+    assert_same(metrics(tmp_path / "x"), expected)
 
 
 def test_a_mistake_is_one_line_of_ours(pruning, tmp_path):
-    done = torchrun(2, "train.py", *pruning[0], f"--out={tmp_path / 'x'}", "--batch_size=9")
-    assert done.returncode != 0 and not (tmp_path / "x").exists()
-    message = "train.py: batch_size = 9 must be a multiple of gate_samples = 4"
-    assert done.stderr.startswith(message) or f"\n{message}" in done.stderr  # one process says it
-    assert f"traceback : {message}" in done.stderr[-1000:]  # and torchrun's report, which comes last, repeats it
+    done = fresh(train_py, *pruning[0], f"--out={tmp_path / 'x'}", "--batch_size=9", n=2)
+    assert done.returncode == 2 and not (tmp_path / "x").exists()
+    assert done.stderr == "train.py: batch_size = 9 must be a multiple of gate_samples = 4\n"
 
 
 def test_too_few_gpus_are_known_to_all_processes(monkeypatch):
@@ -213,33 +198,21 @@ def test_the_shards_together_are_the_model(ranks, from_file, tmp_path):
         assert torch.equal(torch.cat([part[name] for part in parts]), weight), name
 
 
-MEMORY = """
-import resource, sys
-sys.path.insert(0, {root!r})
-import torch, torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from plumbing import parallel
-from model import read_config
-from pathlib import Path
-dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-config = read_config(Path({model!r}))
-mesh = parallel.sharding("fsdp", "float32", torch.device("cpu"))["mesh"]
-parallel.make_model(config.__class__(257, 1, 32, 2, 2, 16, 32, 64), 0, torch.device("cpu"), mesh)  # what is loaded once
-def rss(): return int(next(l for l in open("/proc/self/status") if l.startswith({what!r})).split()[1]) * 1024
-before = int(open("/proc/self/statm").read().split()[1]) * 4096
-model = parallel.make_model(config, Path({model!r}), torch.device("cpu"), mesh)
-print(rss() - before)
-"""
+def load_a_quarter(path):
+    """Print how much more memory a process takes at its most while it loads its quarter of a model."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    cpu = torch.device("cpu")
+    mesh = parallel.sharding("fsdp", "float32", cpu)["mesh"]
+    parallel.make_model(LlamaConfig(257, 1, 32, 2, 2, 16, 32, 64), 0, cpu, mesh)  # what is loaded once
+    before = resident_memory()
+    model = parallel.read_model(path, cpu, mesh)
+    print((host_memory() - before) / (4 * model.config.n_params()))
 
 
 def test_no_process_ever_holds_the_whole_model(tmp_path):
-    config = LlamaConfig(2000, 12, 512, 8, 8, 64, 1376, 64)
-    Llama(config).save_pretrained(tmp_path / "model")
-    script = MEMORY.format(root=str(ROOT), model=str(tmp_path / "model"), what="VmHWM")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
-    size = 4 * config.n_params()  # a quarter is its own
-    assert 0.2 * size < int(done.stdout) < 0.45 * size
+    Llama(LlamaConfig(2000, 6, 512, 8, 8, 64, 1376, 64)).save_pretrained(tmp_path)
+    done = fresh(load_a_quarter, tmp_path)
+    assert 0.2 < float(done.stdout) < 0.45, done.stderr  # a quarter is its own
 
 
 # -- the step -------------------------------------------------------------------------------------------------------
@@ -292,44 +265,42 @@ def test_checkpointed_layers_compute_the_same():
 
 # -- what it would cost ---------------------------------------------------------------------------------------------
 
-MEASURE = """
-import dataclasses, sys
-sys.path.insert(0, {root!r})
-import torch
-import train
-from plumbing import cost, parallel
-from plumbing.command_line import load
-from plumbing.log import host_memory
-torch.set_num_threads(1)
-s = load(train.Settings, sys.argv[1:])
+
 class Batches(cost.Rehearsal):
-    # real tensors, and nothing is tracked
+    """Real tensors for two steps: AdamW has its state in the second. Nothing is tracked."""
+
     def watch(self, trainer):
         trainer.model.init_weights(0)
+
     def next_batch(self, step, weights):
-        if step == 3:
+        if step == 2:
             raise cost.Enough
         return self
-def steps(s):
-    batches = Batches(s, s.batch_size, keeps_gradients=False)
-    try:
-        train.rehearse(s, s.shape_from_scratch(257), batches)
-    except cost.Enough:
+
+
+def train_and_predict(*args):
+    """Print the memory that the dry run predicts, as a share of what training takes."""
+    torch.set_num_threads(1)
+    s = load(train.Settings, args)
+
+    def steps(s):
+        batches = Batches(s, s.batch_size, keeps_gradients=False)
+        with pytest.raises(cost.Enough):
+            train.rehearse(s, s.shape_from_scratch(257), batches)
         return batches  # the trainer is still there
-steps(dataclasses.replace(s, n_layer=1, d_model=32, n_head=2, d_ffn=32))  # what is loaded once
-predicted = cost.memory(s, s.shape_from_scratch(257), train.rehearse)["all"]
-before = int(open("/proc/self/statm").read().split()[1]) * 4096
-kept = steps(s)
-print(predicted / (host_memory() - before))
-"""
+
+    steps(replace(s, n_layer=1, d_model=32, n_head=2, d_ffn=32))  # what is loaded once
+    predicted = cost.memory(s, s.shape_from_scratch(257), train.rehearse)["all"]
+    before = resident_memory()
+    kept = steps(s)  # noqa: F841
+    print(predicted / (host_memory() - before))
 
 
 @pytest.mark.parametrize("options", [[], ["--activation_checkpointing=True"], ["--micro_batch=2"]])
 def test_predicted_memory_is_what_a_process_takes(options):
     """Against the operating system's count, with an allocator that gives back what is freed."""
-    shape = "--n_layer=6 --d_model=512 --n_head=8 --d_ffn=1376 --seq_len=128 --batch_size=8".split()
-    done = subprocess.run([sys.executable, "-c", MEASURE.format(root=str(ROOT)), *shape, *options], text=True,
-                          capture_output=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
+    shape = "--n_layer=3 --d_model=512 --n_head=8 --d_ffn=1376 --seq_len=128 --batch_size=8".split()
+    done = fresh(train_and_predict, *SHAPE, *shape, *options)
     assert float(done.stdout) == pytest.approx(1, abs=0.15), done.stderr
 
 

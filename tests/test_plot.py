@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, call
 
 import plot
 
-ROOT = Path(__file__).parent.parent
 TOY = ["cpp", "python", "english", "german", "markup"]
 SEVEN = ["CommonCrawl", "C4", "GitHub", "Book", "Wikipedia", "ArXiv", "StackExchange"]
 SEVEN_RATIO = [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
@@ -108,10 +108,6 @@ def write(directory: Path, lines, tail: str = "") -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + tail, encoding="utf-8")
     return directory
-
-
-def run_plot(*args, cwd=ROOT):
-    return subprocess.run([sys.executable, ROOT / "plot.py", *map(str, args)], cwd=cwd, capture_output=True, text=True)
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -424,31 +420,31 @@ def test_a_figure_of_odd_lines(tmp_path):
 # --- the command
 
 
-def test_command_draws_what_applies(tmp_path):
-    prune = write(tmp_path / "prune", records("prune"))
-    pretrain = write(tmp_path / "pretrain", records("pretrain", schedule="constant"))
+def test_command_draws_what_applies(tmp_path, monkeypatch, capsys):
     young = write(tmp_path / "young", records("prune", stop=10), tail='{"type": "tra')  # one evaluation
-    done = run_plot(prune, pretrain, young, "--out", tmp_path / "figures")
-    assert done.returncode == 0 and done.stderr.count("\n") == 1
-    assert (
-        "young: lines that are left out: 1; the first: " in done.stderr and "metrics.jsonl:5: not a line" in done.stderr
-    )
-    drawn = {prune: ["weights", "loss", "sparsity", "gates"], pretrain: ["weights", "loss"]}
-    drawn |= {young: drawn[prune], tmp_path / "figures": ["comparison"]}
+    pretrain = write(tmp_path / "pretrain", records("pretrain", schedule="constant"))
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, plot.main, "plot.py", young, "pretrain", "young/") == 0  # twice a run is once
+    drawn = {young: ["weights", "loss", "sparsity", "gates"], pretrain: ["weights", "loss"]}
     expected = [str(directory / f"{name}.png") for directory, names in drawn.items() for name in names]
-    assert done.stdout.split() == expected
+    expected.append(str(young / "comparison.png"))  # in the first run, where --out does not say where
+    out, err = capsys.readouterr()
+    assert [str(Path(path).absolute()) for path in out.split()] == expected
+    assert "lines that are left out: 1; the first: " in err and "metrics.jsonl:5: not a line" in err
     assert sorted(map(str, tmp_path.rglob("*.png"))) == sorted(expected)
     assert {png_size(Path(path)) for path in expected} == {(1440, 810)}
 
 
-def test_command_writes_into_the_first_run_by_default(tmp_path, monkeypatch, capsys):
-    write(tmp_path / "a", records("continue"))
-    write(tmp_path / "b", records("continue", seed=1))
+@pytest.mark.parametrize("runs, name", [(["a"], "weights"), (["a", "b"], "comparison")])
+def test_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys, runs, name):
+    """Pictures of a single run, or the comparison; the other pictures stay with their runs."""
+    for run in runs:
+        write(tmp_path / run, records("continue"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plot.py", "a", "b", "a/"])  # twice the same run is once
-    plot.main()
-    drawn = ["a/weights.png", "a/loss.png", "b/weights.png", "b/loss.png", "a/comparison.png"]
-    assert capsys.readouterr().out.split() == [str(Path(path)) for path in drawn]
+    monkeypatch.setattr(plot, "FIGURES", {"weights": plot.weights_figure})
+    assert call(monkeypatch, plot.main, "plot.py", *runs, "--out", "figures") == 0
+    own = [f"{run}/weights.png" for run in runs if len(runs) > 1]
+    assert capsys.readouterr().out.split() == [*own, f"figures/{name}.png"]
 
 
 @pytest.mark.parametrize(
@@ -470,15 +466,12 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, args, said):
     write(tmp_path / "other", [{"loss": 1}])
     write(tmp_path / "foreign", records(domains=["french"]))
     (tmp_path / "empty").mkdir()
-    if said in ("no evaluation yet", "required: RUN"):  # the others in this process, which is faster
-        done = run_plot(*args, cwd=tmp_path)
+    if said == "required: RUN":  # as a person starts it
+        done = subprocess.run([sys.executable, ROOT / "plot.py"], cwd=tmp_path, capture_output=True, text=True)
         status, out, err = done.returncode, done.stdout, done.stderr
     else:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["plot.py", *args])
-        with pytest.raises(SystemExit) as stop:
-            plot.main()
-        status, (out, err) = stop.value.code, capsys.readouterr()
+        status, (out, err) = call(monkeypatch, plot.main, "plot.py", *args), capsys.readouterr()
     assert status == 2 and out == ""
     assert err.count("\n") == 1 and said in err and err.startswith("plot.py: ")
     assert not list(tmp_path.rglob("*.png"))
