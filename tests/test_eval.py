@@ -160,7 +160,7 @@ def test_a_sample_begins_with_bos(chain, tiny_data, monkeypatch, capsys):
 
     monkeypatch.setattr(eval_module.Llama, "generate", generate)
     tokenizer = load_tokenizer("byte")
-    monkeypatch.setattr(eval_module, "load_tokenizer", lambda spec: tokenizer)
+    monkeypatch.setattr(eval_module, "load_tokenizer", lambda *spec: tokenizer)
     for bos in (None, 1):
         monkeypatch.setattr(tokenizer, "bos", bos, raising=False)
         for text in ("ab", ""):

@@ -46,12 +46,12 @@ def test_every_run_of_a_chain_is_one_that_train_py_takes(monkeypatch, tmp_path):
     commands, domains = [], [f"domain{i}" for i in range(7)]
     monkeypatch.setattr(compare, "call", lambda *command: commands.append([str(word) for word in command]))
     monkeypatch.setattr(compare, "PARTS", {"skew": compare.PARTS["skew"], "own": compare.PARTS["own"]})
-    mixture = {d: 10.0 + i for i, d in enumerate(domains)}
+    mixture = {d: 10 + i for i, d in enumerate(domains)}
     for path in ("source/0", *(f"{part}/dro_0/{stage}" for part in compare.PARTS for stage in compare.STAGES)):
         (tmp_path / path).mkdir(parents=True)
         lines = (
-            {"type": "run", "domains": domains, "stage": "", "steps": 1, "tokens_per_step": 1},
-            {"type": "eval", "step": 1, "domain_tokens": mixture},
+            {"type": "run", "domains": domains, "stage": "pretrain", "steps": 1, "tokens_per_step": 1},
+            {"type": "eval", "step": 1, "tokens": 1, "loss": {}, "domain_tokens": mixture},
         )
         (tmp_path / path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for chain in compare.plan(["skew", "own"], 1, list(compare.SCHEDULES)):
@@ -129,8 +129,8 @@ def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
         return dict(zip(data.domains, values))
 
     def write(path, evals, end):
-        info = {"type": "run", "domains": data.domains, "stage": "", "steps": 30, "tokens_per_step": 100}
-        lines = [info, *evals, {"type": "end", "loss": by_domain(end)}]
+        info = {"type": "run", "domains": data.domains, "stage": "pretrain", "steps": 30, "tokens_per_step": 100}
+        lines = [info, *evals, {"type": "end", "step": 30, "loss": by_domain(end)}]
         path.mkdir(parents=True)
         (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         timings = [{"step": 10, "seconds": 6.0, "tokens_per_second": 500}]  # 2 seconds of training

@@ -1,7 +1,6 @@
 """A model somebody else trained, with its tokenizer: from transformers' directory, pruned, and back."""
 
 import json
-import pickle
 import shutil
 import sys
 from dataclasses import replace
@@ -207,6 +206,7 @@ def test_what_looks_like_an_end_token_in_a_text_is_text(special, theirs, tmp_pat
     assert ids[:-1] == load_tokenizer(str(theirs)).encode(text.removesuffix("<tool>")).tolist() and ids[-1] == 400
 
 
+PICKLE = b"\x80\x02cbuiltins\nopen\n(Vexecuted\nVw\ntR."
 TOKENIZERS = {  # what stands in which file -> what is said
     "cut": ("tokenizer.json", lambda c: json.dumps(c)[:5000], "tokenizer.json: not a tokenizer.json"),
     "empty": ("tokenizer.json", lambda c: "", "not a tokenizer.json"),
@@ -216,8 +216,8 @@ TOKENIZERS = {  # what stands in which file -> what is said
     "panic": ("tokenizer.json", lambda c: json.dumps(c | {"post_processor": PANIC}), "fails on a simple text"),
     "no text left": ("tokenizer.json", lambda c: json.dumps(c | {"normalizer": NOTHING}), "leaves nothing of a simple"),
     "pointer": ("tokenizer.json", lambda c: POINTER, "git-LFS pointer"),
-    "pickle": ("tokenizer.json", lambda c: pickle.dumps(c), "a pickle, which is never opened"),
-    "pickle as ranks": ("tokenizer.model", lambda c: pickle.dumps(c), "a pickle, which is never opened"),
+    "pickle": ("tokenizer.json", lambda c: PICKLE, "a pickle, which is never opened"),
+    "pickle as ranks": ("tokenizer.model", lambda c: PICKLE, "a pickle, which is never opened"),
     "pointer as ranks": ("tokenizer.model", lambda c: POINTER, "git-LFS pointer"),
     "config that is a list": ("tokenizer_config.json", lambda c: "[]", "tokenizer_config.json: not a config that"),
     "config cut": ("tokenizer_config.json", lambda c: '{"eos_token": ', "tokenizer_config.json: not a config"),

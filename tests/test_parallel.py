@@ -141,8 +141,9 @@ def test_torchrun_restarts_a_killed_process_and_waits_for_a_slow_save(pruning, t
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    while process.poll() is None and "going on from" not in process.stdout.readline():
-        pass
+    for line in ("going on from", "step "):  # until it trains again
+        while process.poll() is None and not process.stdout.readline().startswith(line):
+            pass
     process.send_signal(signal.SIGTERM)
     step = int(re.search(r"stopped after step (\d+)", process.stdout.read())[1])
     process.wait(timeout=100)

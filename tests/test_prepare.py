@@ -879,7 +879,7 @@ def test_more_mistakes(tmp_path, tiny_corpus, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
-    with pytest.raises(ValueError, match="--tokenizer gpt2: cannot be downloaded.*use --tokenizer byte"):
+    with pytest.raises(ValueError, match="--tokenizer gpt2: cannot be downloaded.*the tokenizer byte"):
         load_tokenizer("gpt2")
     (tmp_path / "sp.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\n\x00sentencepiece")
     with pytest.raises(ValueError, match="not Llama 3's rank file"):
