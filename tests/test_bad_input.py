@@ -127,6 +127,18 @@ def put(name: str, keys: str, value):
     return damage
 
 
+def flip(name: str):
+    """A file of which 64 bytes in the middle are others."""
+
+    def damage():
+        content = bytearray(Path(name).read_bytes())
+        for i in range(len(content) // 2, len(content) // 2 + 64):
+            content[i] ^= 0xFF
+        Path(name).write_bytes(content)
+
+    return damage
+
+
 def without(name: str, key: str):
     """A JSON file that lacks a key."""
 
@@ -162,6 +174,8 @@ DEEP = "[" * 100_000
 HUGE = "1" + "0" * 400
 STATE = "out/half/checkpoints/step_000004/state.json"
 MODEL, RECORD = "out/source/model/config.json", "out/source/model/trained_with.json"
+CHECKPOINT = "out/half/checkpoints/step_000004"
+PICKLE = b"cbuiltins\nopen\n(Vexecuted\nVw\ntR."  # it opens a file for writing, if it is unpickled
 WEIGHTS, SMALL = "out/source/model/model.safetensors", "out/small/model/config.json"
 RUN = '{"type": "run", "stage": "pretrain", "steps": 8, "tokens_per_step": 128, "domains": ["a"]}\n'
 QUESTION = {"question": "a", "choice1": "b", "choice2": "c", "label": 0}
@@ -382,6 +396,30 @@ TABLE = [
     ("a line without text", "prepare_data t", write("t/a/x.jsonl", '{"txt": ""}'), "x.jsonl:1: no document"),
     ("a line nested too deep", "prepare_data t", write("t/a/x.jsonl", DEEP), "x.jsonl:1"),
     ("too little text", "prepare_data t", write("t/a/x.jsonl", '{"text": "a"}'), "a"),
+    # what others made, or what was damaged
+    ("a state nested too deep", "resume", write(STATE, DEEP), "state.json"),
+    ("a state of step 99", "resume", put(STATE, "step", 99), "state.json: not the state of a run: step 99 of 16"),
+    ("a state that is pickled", "resume", write(STATE, PICKLE), "state.json"),
+    ("a checkpoint of an older version", "resume", write(f"{CHECKPOINT}/.metadata", PICKLE), "with pickle"),
+    ("a gate that is pickled", "resume", write(f"{CHECKPOINT}/weights-1-of-1.safetensors", PICKLE), "damaged"),
+    ("flipped bytes in a checkpoint", "resume", flip(f"{CHECKPOINT}/optimizer-1-of-1.safetensors"), "its checksum"),
+    ("flipped bytes in a state", "resume", flip(STATE), "state.json: damaged: its checksum"),
+    ("flipped bytes in weights", "eval out/source", flip(WEIGHTS), "model.safetensors: damaged: its checksum"),
+    ("flipped bytes in the source", "prune", flip(WEIGHTS), "model.safetensors: damaged: its checksum"),
+    ("a run's config that is cut", "train", write("out/new/config.json", '{"st'), "is not the config.json of a run"),
+    ("a window of 0", "train", put("data/meta.json", "window", 0), "$.window"),
+    ("an end token that is text", "train", put("data/meta.json", "eot", "x"), "$.eot"),
+    ("an end token beyond the vocabulary", "train", put("data/meta.json", "eot", 10**6), "meta.json"),
+    ("negative bytes", "train", put("data/meta.json", "domains.sums.val.bytes", -1), "bytes"),
+    ("counts of 10**400", "train", put("data/meta.json", "domains.sums.val.tokens", 10**400), "meta.json"),
+    ("a data set nested too deep", "train", write("data/meta.json", DEEP), "meta.json"),
+    ("text that was cut", "train", cut("data/sums/train.bin", 1000), "train.bin"),
+    ("rope_theta 0", "eval out/source", put(MODEL, "rope_theta", 0), "rope_theta"),
+    ("rms_norm_eps -1", "eval out/source", put(MODEL, "rms_norm_eps", -1), "rms_norm_eps"),
+    ("2**31 layers", "eval out/source", put(MODEL, "num_hidden_layers", 2**31), "num_hidden_layers"),
+    ("a width of 2**70", "eval out/source", put(MODEL, "hidden_size", 2**70), "hidden_size"),
+    ("a config nested too deep", "eval out/source", write(MODEL, DEEP), "config.json"),
+    ("weights that are pickled", "eval out/source", write(WEIGHTS, PICKLE), "model.safetensors"),
 ]  # fmt: skip
 
 
