@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import GATES, ROBUST, TARGET, metrics, run
+from conftest import GATES, ROBUST, SHAPE, TARGET, metrics, run
+from processes import fresh, train_py
 from test_masks import SOURCE, random_masks
 from test_masks import TARGET as SMALL
 from test_model import random_llama
@@ -141,6 +142,18 @@ def test_it_goes_on_from_anywhere(settled, stop_at, tmp_path, monkeypatch):
     assert run(monkeypatch, *args, f"--out={again}") == 0
     for name in ("metrics.jsonl", "model/model.safetensors", "model/pruning.json"):
         assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_sharded_processes_settle_as_one(settled, tmp_path):
+    """FSDP with two processes, which are stopped after the cut and go on."""
+    out, args = settled
+    for stop in (["--stop_at=23"], []):
+        done = fresh(train_py, *SHAPE, *args, f"--out={tmp_path / out.name}", "--parallel=fsdp", *stop, n=2)
+        assert done.returncode == 0, done.stderr
+    for one, ours in zip(metrics(out, "eval"), metrics(tmp_path / out.name, "eval"), strict=True):
+        assert ours["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    kept = (json.loads((path / "model" / "pruning.json").read_text()) for path in (out, tmp_path / out.name))
+    assert next(kept) == next(kept)
 
 
 def test_a_choice_that_is_not_learned_fades_out_too(chain, tiny_data, tmp_path, monkeypatch):
