@@ -2,6 +2,7 @@
 
 settings      the settings of a run: what they are, what they may be
 command_line  config files and options to values; how a mistake ends
+records       the shape of every JSON file that is read, and the reader that holds a file against it
 randomness    the random streams: what each is for, what it is keyed by
 dataset       a prepared data set, opened and checked
 data          batches by domain weight
@@ -16,10 +17,12 @@ tokenizer     text to token ids and back
 huggingface   a model in Hugging Face's format: config.json and safetensors
 foreign       what a file is that is not what its name says
 models        what a path given as a model holds, what stands beside the weights
-choices       which structures to keep without learning: random, magnitude, a file
+choices       which structures to keep without learning: random, magnitude, activation, taylor, a file
+cut           from the gated model to the small one, within a run
 products      matrix products, faster on some CPUs
 parallel      several processes: who am I, what do I hold, how do we agree
 checkpoint    the tensors of a checkpoint on disk
+checksums     of the files of a directory: damage is seen when they are read
 run           a run's directory, and how it survives anything
 log           the lines of metrics.jsonl, and what is printed
 cost          the dry run: what a run will need
