@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -163,6 +164,7 @@ def main():
     parser.add_argument("--kind", nargs="+", help="Only these kinds.")
     args = parser.parse_args()
     signal.signal(signal.SIGPROF, late)
+    warnings.simplefilter("ignore")
     failures, total, saved = Counter(), 0, ROOT / "out" / "fuzz"
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -26,7 +26,8 @@ SOURCE = "--n_layer=3 --d_model=32 --n_head=4 --d_ffn=48 --lr=3e-3 --steps=60 --
 COMMON = "--seq_len=64 --batch_size=4 --threads=1 --eval_sequences=2 --log_interval=3 --save_interval=1".split()
 ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_interval=5 --lr=1e-3".split()
 TARGET = "--target_n_layer=2 --target_d_model=24 --target_n_head=2 --target_d_ffn=32 --gate_samples=2".split()
-TARGET += ["--log_alpha=3.0", "--phi=200.0"]
+TARGET += "--log_alpha=3.0 --phi=200.0 --sparsity_warmup=20 --noise_from=5 --noise_to=20".split()
+TARGET += "--settle_at=40 --fade=20".split()  # so that kills fall before, while and after the gates settle
 STARTERS = {
     "one process": [sys.executable, "-u"],
     "torchrun": [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
@@ -37,7 +38,7 @@ def command(args: argparse.Namespace, starter: str, stage: str, out: Path) -> li
     """The command of a stage. The continued run starts from the pruned model that was left alone."""
     options = {
         "source": SOURCE,
-        "prune": [*TARGET, *ROBUST, f"--steps={args.steps}", f"--sparsity_warmup={args.steps // 2}", *args.settings],
+        "prune": [*TARGET, *ROBUST, f"--steps={args.steps}", *args.settings],
         "continue": [*ROBUST, f"--steps={args.steps}"],
     }[stage]
     source = {"prune": OUT / "source", "continue": OUT / starter.replace(" ", "_") / "alone" / "prune"}.get(stage)
