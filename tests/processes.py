@@ -5,6 +5,7 @@ What runs in it is a function that it can import. It has one thread.
 
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,8 +15,6 @@ from subprocess import CompletedProcess
 from unittest import mock
 
 import torch.distributed as dist
-
-import train
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKS = multiprocessing.get_context("forkserver")
@@ -71,15 +70,10 @@ def fresh(function: Callable, *args, n: int | None = None) -> CompletedProcess:
     return Fresh(function, *args, n=n).wait()
 
 
-def command(main: Callable, *argv) -> None:
-    """A command of the project, as from a shell: its main, its name, its arguments."""
-    sys.argv = [*map(str, argv)]
-    main()
-
-
-def train_py(*args) -> None:
-    """`python train.py` with these arguments."""
-    command(train.main, "train.py", *args)
+def script(name: str, *args) -> None:
+    """A script of the project with these arguments, as from a shell in its folder."""
+    sys.argv = [name, *map(str, args)]
+    runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
 def resident_memory() -> int:

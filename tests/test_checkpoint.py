@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SHAPE, TARGET, metrics, run
-from processes import fresh, train_py
+from processes import fresh, script
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
@@ -26,7 +26,7 @@ from plumbing.run import Run, newest_checkpoint
 def with_small_files(limit, *args):
     """train.py, where no file may grow beyond `limit` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    train_py(*args)
+    script("train.py", *args)
 
 
 def test_a_full_disk_loses_nothing_older(chain, tmp_path, monkeypatch):

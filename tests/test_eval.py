@@ -28,6 +28,7 @@ def one_thread():
 
 
 def run(monkeypatch, *args):
+    monkeypatch.setattr(eval_module, "REPEATS", 2)
     return call(monkeypatch, eval_module.main, "eval.py", *args)
 
 

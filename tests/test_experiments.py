@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import call
+from processes import fresh, script
 from scipy import stats
 from scipy.optimize import minimize
 
@@ -201,6 +201,15 @@ def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
         compare.report(list(chains.values()), before)
 
 
+def alone(name, *args):
+    """A script that finds the project's files by itself: nobody has imported them or said where they are."""
+    places = [ROOT, *(ROOT / folder for folder in ("plumbing", "experiments", "tests"))]
+    sys.path[:] = [str((ROOT / name).parent), *(path for path in sys.path if Path(path).absolute() not in places)]
+    for module in [m for m, x in sys.modules.items() if Path(getattr(x, "__file__", None) or "/").parent in places]:
+        del sys.modules[module]
+    script(name, *args)
+
+
 def test_mistakes_end_in_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("OUT", "DOCS"):  # which the command changes
@@ -213,8 +222,7 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path, capsys):
         assert call(monkeypatch, compare.main, "compare.py", *args) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
-    command = [sys.executable, compare.__file__, "--jobs", "0"]  # as a person starts it, from anywhere
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    ended = fresh(alone, "experiments/compare.py", "--jobs", "0")
     assert ended.returncode == 2 and "must be above 0" in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import GATES, ROOT, SHAPE, TARGET, metrics, run
-from processes import fresh, resident_memory, train_py
+from processes import fresh, resident_memory, script
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -74,7 +74,7 @@ def spied(folder, *args):
         return next_batch(self, step, weights)
 
     data.BatchReader.next_batch = spy
-    train_py(*args)
+    script("train.py", *args)
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
@@ -95,7 +95,7 @@ def test_sharded_processes_are_one_and_their_checkpoint_is_read_by_one(pruning, 
     args, expected = pruning
     mine = [*args, f"--out={tmp_path / 'x'}"]
     other = ["--parallel=fsdp", "--micro_batch=1", "--activation_checkpointing=True"]
-    done = fresh(train_py, *mine, *other, "--stop_at=7", n=2)
+    done = fresh(script, "train.py", *mine, *other, "--stop_at=7", n=2)
     assert done.returncode == 0 and "stopped after step 7" in done.stdout, done.stderr
     _, second = sorted((tmp_path / "x" / "checkpoints" / "step_000007").glob("weights-*-of-2.safetensors"))
     whole = second.read_bytes()
@@ -110,7 +110,7 @@ def test_one_process_is_continued_by_four_sharded_ones(pruning, tmp_path, monkey
     args, expected = pruning
     mine = [*args, f"--out={tmp_path / 'x'}"]
     assert run(monkeypatch, *mine, "--stop_at=7") == 0
-    done = fresh(train_py, *mine, "--parallel=fsdp", n=4)
+    done = fresh(script, "train.py", *mine, "--parallel=fsdp", n=4)
     assert done.returncode == 0, done.stderr
     assert_same(metrics(tmp_path / "x"), expected)
 
@@ -155,7 +155,7 @@ def test_torchrun_restarts_a_killed_process_and_waits_for_a_slow_save(pruning, t
 
 
 def test_a_mistake_is_one_line_of_ours(pruning, tmp_path):
-    done = fresh(train_py, *pruning[0], f"--out={tmp_path / 'x'}", "--batch_size=9", n=2)
+    done = fresh(script, "train.py", *pruning[0], f"--out={tmp_path / 'x'}", "--batch_size=9", n=2)
     assert done.returncode == 2 and not (tmp_path / "x").exists()
     assert done.stderr == "train.py: batch_size = 9 must be a multiple of gate_samples = 4\n"
 
@@ -308,7 +308,7 @@ def test_predicted_memory_is_what_a_process_takes(options):
 
 def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
     """Two ranks of a small Llama: weights and AdamW's state are half of 4 and 8 bytes per parameter."""
-    args = "--n_layer=4 --d_model=256 --n_head=4 --d_ffn=688 --parallel=fsdp --dtype=bfloat16".split()
+    args = "--n_layer=2 --d_model=256 --n_head=4 --d_ffn=688 --parallel=fsdp --dtype=bfloat16".split()
     s = load(train.Settings, [*SHAPE, *args])
     config, need = s.shape_from_scratch(257), {}
     for n in (1, 2):
@@ -331,7 +331,7 @@ def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
 
 def test_dry_run_of_ddp_knows_that_buckets_stay():
     """A process alone frees its gradients after the step, before activations are at their most; DDP's does not."""
-    args = "--n_layer=4 --d_model=512 --n_head=4 --d_ffn=1376 --batch_size=8 --seq_len=64".split()
+    args = "--n_layer=2 --d_model=512 --n_head=4 --d_ffn=1376 --batch_size=8 --seq_len=64".split()
     s = load(train.Settings, [*SHAPE, *args])
     alone = cost.memory(s, s.shape_from_scratch(257), train.rehearse)["all"]
     s = load(train.Settings, [*SHAPE, *args, "--batch_size=16", "--world_size=2"])
@@ -339,7 +339,7 @@ def test_dry_run_of_ddp_knows_that_buckets_stay():
 
 
 def test_dry_run_refuses_what_does_not_fit_and_says_what_would(monkeypatch, capsys):
-    args = "--n_layer=4 --d_model=512 --n_head=4 --d_ffn=1376 --batch_size=64 --seq_len=512 --dry_run=True".split()
+    args = "--n_layer=2 --d_model=512 --n_head=4 --d_ffn=1376 --batch_size=64 --seq_len=512 --dry_run=True".split()
     assert run(monkeypatch, *args, "--gpu=5GB") == 2
     out, err = capsys.readouterr()
     assert "trying --activation_checkpointing=True" in out and err.count("\n") == 1

@@ -2,13 +2,12 @@
 
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, call
+from conftest import call
+from processes import fresh, script
 
 import plot
 
@@ -467,7 +466,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, args, said):
     write(tmp_path / "foreign", records(domains=["french"]))
     (tmp_path / "empty").mkdir()
     if said == "required: RUN":  # as a person starts it
-        done = subprocess.run([sys.executable, ROOT / "plot.py"], cwd=tmp_path, capture_output=True, text=True)
+        done = fresh(script, "plot.py")
         status, out, err = done.returncode, done.stdout, done.stderr
     else:
         monkeypatch.chdir(tmp_path)

@@ -4,8 +4,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -16,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import SHAPE, metrics, run
+from processes import Fresh, script
 
 import train
 from eval import domain_losses
@@ -90,15 +89,14 @@ def test_domain_weights_follow_the_evaluations(chain):
         assert line["weights"] == before["weights"]
 
 
-@pytest.mark.parametrize("stage, start", [("pretrain", 50), ("prune", 0), ("continue", 30)])
+@pytest.mark.parametrize("stage, start", [("pretrain", 50), ("prune", 50), ("continue", 30)])
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(chain, stage, start, tmp_path, monkeypatch):
-    """One stage again from its first step, with the same seed; the others from a checkpoint of the chain."""
+    """From a checkpoint, with a stop between evaluations, saves and log lines. The first test of test_checkpoint.py
+    makes a whole run again."""
     out, args = chain
     mine = [f"--out={tmp_path / 'again'}" if a.startswith("--out=") else a for a in args[stage]]
-    if start:
-        mine.append(f"--resume={out[stage] / 'checkpoints' / f'step_{start:06d}'}")
-    stop = start + 3 if start else 33  # between evaluations, saves and log lines
-    assert run(monkeypatch, *mine, f"--stop_at={stop}") == 0
+    mine.append(f"--resume={out[stage] / 'checkpoints' / f'step_{start:06d}'}")
+    assert run(monkeypatch, *mine, f"--stop_at={start + 3}") == 0
     assert not (tmp_path / "again" / "model").exists()
     with open(tmp_path / "again" / "metrics.jsonl", "a") as file:
         file.write('{"type": "train", "torn')  # it died while it wrote
@@ -356,7 +354,7 @@ SCHEDULES = {
 def test_each_schedule_runs_alone(chain, name, tiny_data, tmp_path, monkeypatch):
     options = SCHEDULES[name].replace("SOURCE", str(chain[0]["pretrain"])).split()
     args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", f"--init_from={chain[0]['prune']}", "--steps=13"]
-    assert run(monkeypatch, *args, "--eval_interval=1", *options) == 0
+    assert run(monkeypatch, *args, "--eval_interval=1", "--eval_sequences=1", *options) == 0
     evals = metrics(tmp_path / "x", "eval")
     moved = any(e["weights"] != evals[0]["ratio"] for e in evals)
     assert moved == (name != "constant")
@@ -385,15 +383,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_data, tmp_path, 
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tiny_data, tmp_path):
-    command = [sys.executable, "train.py", *SHAPE, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=100000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    args = [*SHAPE, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=100000"]
+    training = Fresh(script, "train.py", *args)
     deadline = time.time() + 60
     while not (tmp_path / "x" / "checkpoints" / "step_000010").exists() and time.time() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command goes on" in out and not err.strip()
-    step = int(re.search(r"stopped after step (\d+)", out)[1])
+    training.processes[0].terminate()
+    done = training.wait()
+    assert done.returncode == 0 and "the same command goes on" in done.stdout and not done.stderr.strip()
+    step = int(re.search(r"stopped after step (\d+)", done.stdout)[1])
     assert (tmp_path / "x" / "checkpoints" / f"step_{step:06d}" / "state.json").exists()
     assert len(list((tmp_path / "x" / "checkpoints").iterdir())) <= 2
 
