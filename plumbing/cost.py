@@ -20,8 +20,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model import LOGITS_AT_ONCE, LlamaConfig, read_config
@@ -163,6 +161,10 @@ class Rehearsal:
 
     def start_tracker(self) -> None:
         """Count the memory from now on."""
+        # their import takes a second, which only the dry run needs to spend
+        from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+        from torch.distributed._tools.mem_tracker import MemTracker
+
         trainer = self.trainer
         if parallel.is_sharded(trainer.model):
             self.tracker = FSDPMemTracker(trainer.model, trainer.optimizer)
@@ -177,6 +179,8 @@ class Rehearsal:
     def __iter__(self) -> Iterator[MicroBatch]:
         for part in self.parts:
             if self.tracker:
+                from torch.distributed._tools.fsdp2_mem_tracker import _FSDPRefType
+
                 self.tracker.reset_mod_stats()  # a micro-batch is an iteration of its own to the tracker
                 for gradient in parallel.accumulated(self.trainer.model):
                     self.tracker._update_and_maybe_create_winfos(gradient, _FSDPRefType.UNSHARDED_GRAD)
