@@ -394,7 +394,8 @@ def sparsity_figure(run: Metrics) -> Figure | None:
             ax.set_ylim(0)
     for ax in grid[0]:
         ax.set_xlabel("")
-    gaps = [abs(series(run.train, "sparsity", g) - series(run.train, "target_sparsity", g))[-1] for g in pruned]
+    gaps = [abs(series(run.train, "sparsity", g) - series(run.train, "target_sparsity", g)) for g in pruned]
+    gaps = [gap[np.isfinite(gap)][-1] for gap in gaps]  # the last one that was logged: gates may settle before the end
     heading(fig, run, f"expected sparsity is at most {100 * max(gaps):.2g} percentage points off its target")
     entries = [entry(NAMES[g], color=look[g]["color"]) for g in pruned]
     legend(fig, [*entries, entry("target t", ls="--", lw=1.4)])

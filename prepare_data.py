@@ -1,4 +1,4 @@
-"""Text -> tokens on disk, one file per domain and split (plumbing/data.py reads them).
+"""Text -> tokens on disk, one file per domain and split (plumbing/dataset.py opens them).
 
     python prepare_data.py installed --out data/installed     # text that every machine has, no download
     python prepare_data.py corpus --out data/mine --tokenizer gpt2                 # each sub-folder is a domain

@@ -14,7 +14,6 @@ on the weights and log_alpha while lambda and phi ascend. Every `eval_interval` 
 domains move the domain weights (dro.py). A run that is stopped goes on from its newest checkpoint.
 """
 
-import json
 import math
 import shutil
 import sys
@@ -32,14 +31,13 @@ from dro import Mixture, Point
 from eval import domain_losses
 from masks import PruningMasks, extract
 from model import Gates, Llama, LlamaConfig, read_config
-from plumbing import checksums, choices, cost, parallel, records
+from plumbing import checksums, choices, cost, parallel
 from plumbing import cut as cutting
 from plumbing.command_line import command, load, user_errors
 from plumbing.data import BatchReader, TokenData
 from plumbing.dataset import DamagedData
 from plumbing.log import Log, Meter, give_up, say
 from plumbing.models import (
-    PRUNING,
     check_tokenizer,
     data_position,
     digest,
@@ -64,6 +62,7 @@ class Trainer:
         self.tree = nn.ModuleDict({"model": model} if masks is None else {"model": model, "masks": masks})
         self.optimizer = make_optimizer(s, model, masks)
         self.meter = Meter(len(mixture.domains), self.engine.device)
+        self.kept = None  # what is kept, once the small model was cut out
 
     def train(self, run: Run, log: Log, first: int = 0) -> int:
         """The steps from `first` on, until the small model is to be cut out, or else all. Returns how many are done.
@@ -154,6 +153,7 @@ class Trainer:
             "source": asdict(self.model.config),
             "target": asdict(self.masks.target) if self.masks else None,
             "settled": self.masks is not None and step >= self.masks.settle_at,
+            "kept": self.kept,
             "mixture": self.mixture.state,
             "reader": self.reader.state_dict(),
             "unlogged": self.meter.totals().tolist(),
@@ -166,7 +166,7 @@ class Trainer:
         """Take up what `save` wrote. ValueError where a file of it is damaged."""
         state, given = run.state, self.mixture.state
         run.load(self.tree, self.optimizer)
-        self.mixture.state = state["mixture"]
+        self.mixture.state, self.kept = state["mixture"], state["kept"]
         if "ratio" in run.changed:
             self.mixture.state |= {key: given[key] for key in ("weights", "ratio")}
         if None not in given["reference"] and new_references(run):
@@ -184,11 +184,9 @@ class Trainer:
             choices.settle_(masks)
         z = masks.deterministic(at_target=True) if masks else None
         if parallel.is_first():
-            model, kept = Llama.of_weights(self.model.config, whole), None
+            model, kept = Llama.of_weights(self.model.config, whole), self.kept
             if masks:
                 kept, model = choices.describe(masks.cpu()), extract(model, masks)
-            elif s.is_pruning:  # the small model was cut out before
-                kept = records.read(run.path / PRUNING, records.Pruning, "what a choice wrote")
             origin = model_directory(s.init_from) if s.init_from else None
             save_model(directory, model, kept, origin, self.reader, export_dtype(s.export_dtype, origin))
             del model
@@ -294,20 +292,21 @@ def choose_(s: Settings, masks: PruningMasks, reader: BatchReader) -> None:
     """Fix a choice that is not learned. Some look at the text that the first steps will read. ValueError for a file
     that is no choice."""
     model, weights = Llama.from_pretrained(directory_of(s.init_from)), make_mixture(s, reader.data, None).weights
-    scores = choices.scores(s.gates, masks, model, reader.peek(CALIBRATION_STEPS, weights), s.seed)
+    text = reader.peek(CALIBRATION_STEPS, weights) if s.gates in choices.WITH_TEXT else []
+    scores = choices.scores(s.gates, masks, model, text, s.seed)
     choices.choose_(masks, scores)
 
 
 def cut(trainer: Trainer, run: Run, log: Log, make: Callable[..., Llama], step: int) -> Trainer:
     """The trainer that goes on after `step` steps with the small model, which is cut out of weights and moments."""
     s, masks, path = trainer.s, trainer.masks.cpu(), run.path / "cut.partial"
+    trainer.meter.check(trainer.mixture.domains)
     choices.settle_(masks)
     cutting.write(path, trainer.tree, trainer.optimizer, masks)
-    if parallel.is_first():
-        (run.path / PRUNING).write_text(json.dumps(choices.describe(masks)))
     trainer.engine.release()
     small = Trainer(s, make(masks.target, path / cutting.WEIGHTS), None, trainer.reader, trainer.mixture)
     cutting.read_moments(path, small.model, small.optimizer, step)
+    small.kept = choices.describe(masks)
     small.meter.sums = trainer.meter.sums  # of the steps since the last log line
     log.shape = masks.target
     parallel.barrier()
@@ -372,9 +371,8 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
         # what is trained: the source with its gates, and the small model once that is cut out
         masks = None
         if target := s.target_shape(shape):
-            if s.settles and (fixed := {"gates", "settle_at", "fade"} & set(run.changed)):
-                raise ValueError(f"{' and '.join(sorted(fixed))} must be as in {run.origin}, where the choice is fixed")
-            if run.state and run.state["target"] is None:
+            run.check_choice(s.cut_at)
+            if run.state and run.state["kept"]:
                 shape = target
             else:
                 masks = make_masks(s, shape, target)
@@ -403,8 +401,6 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
         with parallel.together():
             trainer.restore(run, log)
     run.open()
-    if parallel.is_first() and run.origin != run.path and (run.origin / PRUNING).is_file():
-        shutil.copy(run.origin / PRUNING, run.path)
     return trainer, run, log, make
 
 

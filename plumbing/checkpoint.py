@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plumbing import checksums, parallel, records
+from plumbing.huggingface import write_tensors
 from plumbing.parallel import local, my_rows
 
 FIRST_ROWS = "first_rows"  # the key in a file's header: name -> number of the first row, as JSON
@@ -74,10 +74,7 @@ def write(content: dict, path: Path, group) -> None:
     with parallel.together(group):
         for kind, (tensors, first) in content.items():
             file = path / f"{kind}-{parallel.rank() + 1}-of-{parallel.size()}.safetensors"
-            try:
-                save_file(tensors, file, metadata={FIRST_ROWS: json.dumps(first)})
-            except SafetensorError as error:
-                raise OSError(f"{file}: {error}") from None
+            write_tensors(file, tensors, {FIRST_ROWS: json.dumps(first)})
             written[file.name] = checksums.of(file)
     everyones = parallel.gather(written, group)
     with parallel.together(group):

@@ -14,8 +14,6 @@ target shape has. activation and taylor look at some batches of training text, a
 `describe` is the other way round: it says what was kept, learned or not, for the pruning.json of a model.
 """
 
-import json
-import math
 from pathlib import Path
 
 import torch
@@ -24,10 +22,11 @@ from torch import Tensor, nn
 
 from masks import PruningMasks, gate_shapes, kept_indices, survivors
 from model import Gates, Llama
-from plumbing import randomness
+from plumbing import randomness, records
 
 Scores = Gates  # the same fields and shapes; a score may be any number, and the higher are kept
-LEARNED, WITH_TEXT = "learned", ("activation", "taylor")
+WITH_TEXT = ("activation", "taylor")
+CHOSEN = 100.0  # log_alpha of what is kept: above all that are learned, and its gates are 1 to the last digit
 
 
 @torch.no_grad()
@@ -36,7 +35,7 @@ def choose_(masks: PruningMasks, scores: Scores) -> None:
     until it is cut out."""
     for granularity, distribution in masks.distributions().items():
         kept = survivors(getattr(scores, granularity), distribution.keep)
-        distribution.log_alpha.masked_fill_(kept, math.inf)
+        distribution.log_alpha.masked_fill_(kept, CHOSEN)
 
 
 def settle_(masks: PruningMasks) -> None:
@@ -57,8 +56,8 @@ def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], se
         case "taylor":
             return taylor_scores(model, text)
     try:
-        return scores_of(masks, json.loads(Path(gates).read_text()))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return scores_of(masks, records.read(Path(gates), records.Pruning, "a pruning.json"))
+    except ValueError as error:
         raise ValueError(f"gates = '{gates}': not a pruning.json of this source and target ({error})") from None
 
 

@@ -212,7 +212,7 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     s = replace(s, batch_size=mine * n, micro_batch=micro_batch, gate_samples=mine * n // micro_batch)
     never = 10**9  # nothing is logged, evaluated or saved in two steps
     s = replace(s, schedule="constant", log_interval=never, eval_interval=never, save_interval=never, stop_at=0)
-    s = replace(s, steps=s.steps + 3)
+    s = replace(s, steps=s.steps + 3, fade=s.fade + 3 if s.settles and s.cut_at else s.fade)
     if n > 1:
         dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
     sharding = parallel.sharding(s.parallel, s.dtype, torch.device("cpu"))
@@ -245,7 +245,7 @@ def check_memory(s: Settings, source: LlamaConfig, device: torch.device) -> None
     surely holds is compared with all memory of the GPU, or with twice that of the machine, since some of it may be
     swapped out. So nothing that could run is refused."""
     mine, micro_batch = s.split_batch(parallel.size())
-    trained = source if s.gates == "learned" else s.target_shape(source) or source
+    trained = source if s.cut_at else s.target_shape(source)
     need = least(trained, micro_batch, s.seq_len, parallel.size() if s.parallel == "fsdp" else 1)
     need += 8 * mine * s.seq_len  # tokens of the step, int64
     if device.type == "cuda":

@@ -22,17 +22,20 @@ WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 def write(path: Path, tree: nn.ModuleDict, optimizer: torch.optim.Optimizer, masks: PruningMasks) -> None:
     """Write what the small model takes over, as a model directory each: its weights and, after the first step, the two
     moments. All processes must call it; the first one writes. `masks`: whose choice is fixed, on the CPU."""
-    shutil.rmtree(path, ignore_errors=True)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    content = {WEIGHTS: get_model_state_dict(tree, options=whole)}
+    if parallel.is_first():
+        shutil.rmtree(path, ignore_errors=True)
+
+    def write_one(what: str, tensors: dict) -> None:  # one at a time: each is as large as the source
+        if parallel.is_first():
+            own = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+            extract(Llama.of_weights(masks.source, own), masks).save_pretrained(path / what)
+
+    write_one(WEIGHTS, get_model_state_dict(tree, options=whole))
     if optimizer.state:
         moments = get_optimizer_state_dict(tree, optimizer, options=whole).get("state", {})  # of the first process
         for moment in MOMENTS:
-            content[moment] = {name: state[moment] for name, state in moments.items() if moment in state}
-    if parallel.is_first():
-        for what, tensors in content.items():
-            own = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
-            extract(Llama.of_weights(masks.source, own), masks).save_pretrained(path / what)
+            write_one(moment, {name: state[moment] for name, state in moments.items() if moment in state})
     parallel.barrier()
 
 

@@ -283,7 +283,8 @@ def write(path: Path, fields: dict, weights: dict[str, Tensor], dtype: torch.dty
     weight_map = {}  # name -> its file
     for i, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(path / file, {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names})
+        tensors = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
+        write_tensors(path / file, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     # what an older model left must not be read: its one file, or its index
     if len(shards) == 1:
@@ -307,14 +308,15 @@ def config_of(fields: dict, dtype: torch.dtype) -> dict:
     return {"architectures": [architecture], **kept, "torch_dtype": str(dtype).removeprefix("torch."), **own}
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, with the permissions of any other new file: the library would give 0600."""
+def write_tensors(file: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file, with the permissions of any other new file: the library would give 0600. OSError where
+    the disk does not take it."""
     partial = file.with_name(file.name + ".partial")
     partial.unlink(missing_ok=True)
     partial.touch()
     mode = partial.stat().st_mode
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        save_file(tensors, partial, metadata=header)
     except SafetensorError as error:
         raise OSError(f"{file}: {error}") from None
     partial.chmod(mode)

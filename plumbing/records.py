@@ -272,6 +272,7 @@ class State(TypedDict):
     source: dict[str, Any]
     target: dict[str, Any] | None
     settled: bool  # whether the gates' choice is fixed
+    kept: Pruning | None  # what is kept, once the small model was cut out
     mixture: MixtureState
     reader: ReaderState
     unlogged: list[list[float]]

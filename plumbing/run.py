@@ -28,6 +28,7 @@ from masks import PruningMasks, check_target
 from model import LlamaConfig
 from plumbing import checkpoint, checksums, parallel, records
 
+OF_THE_CHOICE = {"gates", "settle_at", "fade"}  # settings that say what is kept, with the target's shape
 KNOWN_BY_CONTENT = {"data", "init_from"}  # settings that name files, which may move: `digests` tell what they hold
 
 
@@ -220,6 +221,18 @@ class Run:
                     f"{name} = {self.settings[name]!r} is not what {self.origin} was started with: it is another one, "
                     "or it was made again, with other content"
                 )
+
+    def check_choice(self, cut_at: int) -> None:
+        """ValueError where a checkpoint has fixed what is kept, and the settings that say so have changed; and where
+        the small model was to be cut out, after `cut_at` steps, before the checkpoint's step."""
+        if self.state is None:
+            return
+        if self.state["settled"] or self.state["kept"]:
+            changed = [key for key in self.changed if key in OF_THE_CHOICE or key.startswith("target_")]
+            if changed:
+                raise ValueError(f"{', '.join(changed)} must be as in {self.origin}: its choice is fixed")
+        elif cut_at < self.state["step"]:
+            raise ValueError(f"settle_at + fade = {cut_at}: {self.checkpoint} has {self.state['step']} steps already")
 
     def check_model(self, shape: LlamaConfig, masks: PruningMasks | None) -> None:
         """ValueError unless the checkpoint, if there is one, has a model of this shape, and these gates."""

@@ -220,7 +220,9 @@ class Settings:
 
     def _wrong_pruning(self) -> list[str]:
         if not self.is_pruning:
-            return [] if self.gates == "learned" else [f"gates = '{self.gates}' needs a target shape"]
+            given = {"gates": "learned", "settle_at": 0, "fade": 0, "noise_from": 0, "noise_to": 0}
+            given = {name: getattr(self, name) for name, usual in given.items() if getattr(self, name) != usual}
+            return [f"{name} = {value!r} needs a target shape" for name, value in given.items()]
         wrong = []
         if not self.init_from:
             wrong.append("a target shape needs a model to prune: set init_from")

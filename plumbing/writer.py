@@ -1,4 +1,4 @@
-"""Tokens -> disk: the files of a data set as prepare_data.py writes them, and plumbing/data.py reads them."""
+"""Tokens -> disk: the files of a data set as prepare_data.py writes them, and plumbing/dataset.py opens them."""
 
 import fcntl
 import json

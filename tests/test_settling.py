@@ -1,6 +1,7 @@
 """Gates that settle: their noise fades, the choice is fixed, what goes fades out, and the small model goes on."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import GATES, ROBUST, SHAPE, TARGET, metrics, run
-from processes import fresh, train_py
+from processes import fresh, script
 from test_masks import SOURCE, random_masks
 from test_masks import TARGET as SMALL
 from test_model import random_llama
@@ -99,7 +100,7 @@ def settled(chain, tiny_data, tmp_path_factory):
     out, patch = tmp_path_factory.mktemp("settled") / "run", pytest.MonkeyPatch()
     source = chain[0]["pretrain"]
     args = [f"--data={tiny_data}", f"--init_from={source}", *TARGET, *SETTLING, *ROBUST]
-    args += [f"--reference_model={source}", "--steps=30", "--keep_checkpoints=9"]
+    args += [f"--reference_model={source}", "--steps=30", "--save_interval=2", "--keep_checkpoints=99"]
     assert run(patch, *args, f"--out={out}") == 0
     patch.undo()
     return out, args
@@ -133,6 +134,35 @@ def test_the_loss_is_the_same_before_and_after_the_cut(settled, tiny_data):
     assert small.config.d_model == 24 and losses == pytest.approx(measured, rel=1e-5)
 
 
+def test_a_fading_choice_goes_on(settled, tmp_path, monkeypatch):
+    """One that is not learned: its gates are in the checkpoint, as they were chosen."""
+    _, args = settled
+    mine = [*args, "--gates=taylor", "--noise_from=0", "--noise_to=0", "--settle_at=0", "--steps=14"]
+    for name, stops in (("alone", []), ("stopped", ["--stop_at=5"])):
+        for stop in [stops, []] if stops else [[]]:
+            assert run(monkeypatch, *mine, *stop, f"--out={tmp_path / name / 'run'}") == 0
+        assert load_model(tmp_path / name / "run" / "checkpoints" / "step_000014").config.d_model == 24
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/pruning.json"):
+        assert (tmp_path / "stopped/run" / name).read_bytes() == (tmp_path / "alone/run" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "at, other, message",
+    [
+        (14, "--settle_at=13", "settle_at must be as in .*: its choice is fixed"),
+        (14, "--target_d_ffn=16", "target_d_ffn must be as in .*: its choice is fixed"),
+        (20, "--fade=9", "fade must be as in"),
+        (30, "--settle_at=13", "settle_at must be as in"),
+        (10, "--settle_at=9 --fade=0", r"settle_at \+ fade = 9: .* has 10 steps already"),
+    ],
+)
+def test_what_is_fixed_stays(settled, at, other, message, tmp_path, monkeypatch, capsys):
+    out, args = settled
+    again = [*args, "--steps=40", *other.split(), f"--resume={out / 'checkpoints' / f'step_{at:06d}'}"]
+    assert run(monkeypatch, *again, f"--out={tmp_path / 'x'}") == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("stop_at", [14, 20, 23])  # while it fades, at the cut, after it
 def test_it_goes_on_from_anywhere(settled, stop_at, tmp_path, monkeypatch):
     out, args = settled
@@ -148,7 +178,7 @@ def test_sharded_processes_settle_as_one(settled, tmp_path):
     """FSDP with two processes, which are stopped after the cut and go on."""
     out, args = settled
     for stop in (["--stop_at=23"], []):
-        done = fresh(train_py, *SHAPE, *args, f"--out={tmp_path / out.name}", "--parallel=fsdp", *stop, n=2)
+        done = fresh(script, "train.py", *SHAPE, *args, f"--out={tmp_path / out.name}", "--parallel=fsdp", *stop, n=2)
         assert done.returncode == 0, done.stderr
     for one, ours in zip(metrics(out, "eval"), metrics(tmp_path / out.name, "eval"), strict=True):
         assert ours["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -167,6 +197,9 @@ def test_a_choice_that_is_not_learned_fades_out_too(chain, tiny_data, tmp_path, 
     assert "gates" not in evals[8]
 
 
+TARGETS_OF_0 = [f"--target_{name}=0" for name in ("n_layer", "d_model", "n_head", "d_ffn")]
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -175,6 +208,7 @@ def test_a_choice_that_is_not_learned_fades_out_too(chain, tiny_data, tmp_path, 
         (["--settle_at=0"], "fade = 8 needs settle_at"),
         (["--noise_from=10"], "noise_from = 10 must be below noise_to = 10"),
         (["--gates=random"], "settle_at = 12 is for gates = 'learned', not 'random'"),
+        (TARGETS_OF_0, "settle_at = 12 needs a target shape; fade = 8 needs a target shape"),
     ],
 )
 def test_settings_that_cannot_be(wrong, message, settled, tmp_path, monkeypatch, capsys):
