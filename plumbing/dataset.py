@@ -104,8 +104,6 @@ class TokenData:
         for key in ("bos", "eot"):
             if (meta.get(key) or 0) >= size:
                 raise ValueError(f"{file}: {key} is {meta[key]}, outside the vocabulary of {size}")
-        if "files" in meta and meta["files"].keys() != meta["domains"].keys():
-            raise ValueError(f"{file}: files and domains name different domains")
         for domain in meta["domains"]:
             if why := wrong_name(domain):
                 raise ValueError(f"{file}: {domain!r} cannot be a domain's name, {why}")

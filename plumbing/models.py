@@ -103,8 +103,8 @@ def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> N
 
 def largest_id(data: TokenData) -> int:
     """The largest token id in the files of the data's domains, or of the whole tokenizer where none was counted."""
-    files = data.meta.get("files")
-    if not files:
+    files = data.meta.get("files", {})
+    if not files.keys() >= set(data.domains):
         return data.vocab_size - 1
     return max(facts["max_id"] for domain in data.domains for facts in files[domain].values())
 

@@ -733,7 +733,8 @@ def test_killed_and_again(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_signals_leave_nothing(tmp_path, number):
-    process = start(slow_corpus(tmp_path / "c"), "--out", tmp_path / "o" / "out", "--workers=1")
+    usual = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # under nohup, SIGHUP is ignored
+    process = start(slow_corpus(tmp_path / "c"), "--out", tmp_path / "o" / "out", "--workers=1", **usual)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in error
