@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from model import Gates, Llama, LlamaConfig, scale_rows
 from plumbing import randomness
+from plumbing.transfer import send
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # stretch and temperature
 LOG_ALPHA_MIN, LOG_ALPHA_MAX = math.log(1e-2), math.log(1e2)
@@ -51,7 +52,7 @@ def survivors(scores: Tensor, keep: int | Tensor) -> Tensor:
     keep: a number for all rows, or one for each row (..., 1). Equal scores are ordered by a random draw, always the
     same one. Ordered by index, a model whose scores are all equal would lose the same heads in every layer.
     """
-    lot = torch.from_numpy(randomness.generator(0, randomness.TIES).random(scores.shape)).to(scores.device)
+    lot = send(torch.from_numpy(randomness.generator(0, randomness.TIES).random(scores.shape)), scores.device)
     by_lot = lot.argsort(dim=-1)
     order = by_lot.gather(-1, scores.gather(-1, by_lot).argsort(dim=-1, stable=True))  # from the lowest score
     rank = order.argsort(dim=-1)  # the place of each score in that order, 0 for the lowest
@@ -157,9 +158,7 @@ class PruningMasks(nn.Module):
         for granularity, distribution in self.distributions().items():
             log_alpha = distribution.log_alpha
             u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, log_alpha.shape)).to(log_alpha.dtype)
-            if log_alpha.is_cuda:
-                u = u.pin_memory()  # or the copy would wait for the device
-            z[granularity] = distribution.sample(u.to(log_alpha.device, non_blocking=True), noise)
+            z[granularity] = distribution.sample(send(u, log_alpha.device), noise)
         return Gates(**z)
 
     def settling(self, step: int) -> Gates:

@@ -20,6 +20,7 @@ models        what a path given as a model holds, what stands beside the weights
 choices       which structures to keep without learning: random, magnitude, activation, taylor, a file
 cut           from the gated model to the small one, within a run
 products      matrix products, faster on some CPUs
+transfer      from the host to the device, without waiting
 parallel      several processes: who am I, what do I hold, how do we agree
 checkpoint    the tensors of a checkpoint on disk
 checksums     of the files of a directory: damage is seen when they are read

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -133,12 +134,14 @@ class Rehearsal:
     """Stands in for the batches and for the directory of a run: its batches have shapes only. A memory tracker watches
     the second step; in the first one, AdamW makes its state."""
 
+    device = torch.device("cpu")
+
     def __init__(self, s: Settings, sequences: int, keeps_gradients: bool, sharding: dict | None = None):
         self.keeps_gradients, self.tracker = keeps_gradients, None
         self.sharding = sharding or {}  # for the model: the mesh, too, must not be made of fake tensors
         _, micro_batch = s.split_batch(parallel.size())
-        tokens = torch.zeros(sequences, s.seq_len + 1, dtype=torch.int64)
-        domain = torch.zeros(sequences, dtype=torch.int64)
+        tokens = torch.zeros(sequences, s.seq_len + 1, dtype=torch.int64, device=self.device)
+        domain = torch.zeros(sequences, dtype=torch.int64, device=self.device)
         self.parts = [
             MicroBatch(*part, gate_sample=i)
             for i, part in enumerate(zip(tokens.split(micro_batch), domain.split(micro_batch)))
@@ -281,6 +284,31 @@ def changes(s, other) -> str:
     return " ".join(f"--{k}={v}" for k, v in reversed(asdict(other).items()) if v != getattr(s, k))
 
 
+class Work(NamedTuple):
+    """What a whole run computes."""
+
+    tokens: int  # that it is trained on
+    evaluations: int
+    domains: int  # 1 where the settings do not say how many there are
+    eval_tokens: int
+    flops: float  # of training and evaluation, recomputed ones too
+
+
+def work_of(s: Settings, source: LlamaConfig) -> Work:
+    """What the run of these settings computes. Until the cut it trains the source, and then the target."""
+    target, tokens = s.target_shape(source), s.steps * s.batch_size * s.seq_len
+    cut_at = s.cut_at if target else s.steps
+    evaluations, domains = -(-s.steps // s.eval_interval) + 1, len(s.domains) or len(s.ratio) or 1
+    eval_tokens = evaluations * s.eval_sequences * domains * s.seq_len
+    passes = 4 if s.activation_checkpointing else 3  # the backward pass counts twice
+    flops = 0.0
+    for config, steps in ((source, cut_at), (target, s.steps - cut_at)):
+        if steps:
+            forward = flops_per_token(config, s.seq_len, backward=False)
+            flops += steps / s.steps * forward * (passes * tokens + eval_tokens)
+    return Work(tokens, evaluations, domains, eval_tokens, flops)
+
+
 def dry_run(s: Settings, rehearse: Callable) -> None:
     """Print what the run of these settings would cost. ValueError, with the nearest remedy, where it does not fit."""
     total, peak = memory_of(s.gpu), peak_of(s.gpu, s.dtype)
@@ -292,26 +320,18 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     if (need := least(trained, 1, s.seq_len, MOST_GPUS)) > total:  # the numbers may be beyond what torch can count, too
         raise ValueError(f"it does not fit: {MOST_GPUS:,} GPUs would need more than {readable(need)} each")
 
-    tokens = s.steps * s.batch_size * s.seq_len
-    train_flops = flops_per_token(trained, s.seq_len)
+    work, train_flops = work_of(s, source), flops_per_token(trained, s.seq_len)
     recomputed = flops_per_token(trained, s.seq_len, backward=False) if s.activation_checkpointing else 0.0
-    evaluations, n_domains = -(-s.steps // s.eval_interval) + 1, len(s.domains) or len(s.ratio) or 1
-    eval_tokens = evaluations * s.eval_sequences * n_domains * s.seq_len
-    flops = 0.0
-    for config, steps in ((source, cut_at), (target, s.steps - cut_at)):
-        if steps:
-            forward = flops_per_token(config, s.seq_len, backward=False)
-            passes = 4 if s.activation_checkpointing else 3  # the backward pass counts twice
-            flops += steps / s.steps * forward * (passes * tokens + eval_tokens)
 
     shapes = [parts(c) for c in (source, target) if c]
     row("parameters", "".join(f"{name:>16}" for name in ("source", "target")[: len(shapes)]))
     for part in shapes[0]:
         row(f"  {part}", "".join(f"{shape[part]:>16,}" for shape in shapes))
     row("  all", "".join(f"{sum(shape.values()):>16,}" for shape in shapes))
-    row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {tokens:,} tokens")
-    known = f"{n_domains} domains" if s.domains or s.ratio else "each domain"
-    row("evaluation", f"{evaluations:,} times {s.eval_sequences} sequences of {known}: {eval_tokens:,} tokens")
+    row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {work.tokens:,} tokens")
+    known = f"{work.domains} domains" if s.domains or s.ratio else "each domain"
+    times = f"{work.evaluations:,} times {s.eval_sequences} sequences"
+    row("evaluation", f"{times} of {known}: {work.eval_tokens:,} tokens")
     again = f" + {recomputed:.3g} recomputed" if recomputed else ""
     row("FLOPs per token", f"{train_flops:.3g}{again}")
 
@@ -337,10 +357,10 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
         remedy = f"what fits: {fits}" if fits else "nothing that was tried fits"
         raise ValueError(f"it does not fit: {needed}; {remedy}")
     if peak:
-        hours = flops / (peak * s.utilisation * s.world_size) / 3600
+        hours = work.flops / (peak * s.utilisation) / 3600 / s.world_size
         speed = f"at {s.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s per GPU"
         row("time", f"{hours:,.2f} h, {hours * s.world_size:,.1f} GPU-hours, {speed}")
-        row("speed", f"{tokens / hours / 3600:,.0f} training tokens per second, evaluations included")
+        row("speed", f"{work.tokens / hours / 3600:,.0f} training tokens per second, evaluations included")
         if price := s.dollars_per_gpu_hour:
             row("price", f"${hours * s.world_size * price:,.0f} at ${price:,g} per GPU-hour")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from plumbing import randomness
 from plumbing.dataset import TokenData
+from plumbing.transfer import send
 
 
 class MicroBatch(NamedTuple):
@@ -62,9 +63,7 @@ class BatchReader:
         for start in range(self.start, self.start + self.mine, self.micro_batch):
             part = slice(start, start + self.micro_batch)
             tokens, domain = self.read(domains[part], sequences[part]), torch.from_numpy(domains[part])
-            if self.device.type == "cuda":  # or the copies would wait for the device
-                tokens, domain = tokens.pin_memory(), domain.pin_memory()
-            tokens, domain = (x.to(self.device, non_blocking=True) for x in (tokens, domain))
+            tokens, domain = send(tokens, self.device), send(domain, self.device)
             # the batch is cut into gate_samples equal parts; `start` is a number in the whole batch, of all processes
             parts.append(MicroBatch(tokens, domain, gate_sample=start * self.gate_samples // self.batch_size))
         return parts

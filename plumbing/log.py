@@ -47,7 +47,7 @@ class Meter:
         """Keep the norm of a step's gradients. Returns what AdamW reads as `found_inf`: 1 from the first step on whose
         norm is not finite, so that neither that step nor a later one changes anything."""
         self.norm = norm
-        self.bad_step = torch.where((self.bad_step < 0) & ~norm.isfinite(), float(step), self.bad_step)
+        self.bad_step = self.bad_step.masked_fill((self.bad_step < 0) & ~norm.isfinite(), step)  # `where` would wait
         return (self.bad_step >= 0).float()
 
     def totals(self) -> Tensor:

@@ -7,19 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import GATES, ROOT, SHAPE, TARGET, metrics, run
 from processes import fresh, resident_memory, script
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._dynamo.testing import CompileCounter
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
-from model import Llama, LlamaConfig
+from model import Layer, Llama, LlamaConfig
 from plumbing import cost, data, parallel
 from plumbing.command_line import load
 from plumbing.log import host_memory
@@ -220,38 +225,102 @@ def test_no_process_ever_holds_the_whole_model(tmp_path):
 # -- the step -------------------------------------------------------------------------------------------------------
 
 
-def two_steps(s, break_it=None) -> list:
-    """Two steps of the training loop on fake tensors, from which no value can be read; the trainer is at the end."""
-    trainers = []
+class NoValues(cost.Rehearsal):
+    """Some steps on the meta device, whose tensors have no values: reading one is an error. `seen` tells what the next
+    step finds."""
 
-    class Shapes(cost.Rehearsal):
-        def watch(self, trainer):
-            trainers.append(trainer)
-            super().watch(trainer)
-            if break_it:
-                break_it(trainer)
+    device = torch.device("meta")
 
-        def start_tracker(self):
-            pass
+    def __init__(self, s, source, steps, seen=lambda: None):
+        super().__init__(s, s.batch_size, keeps_gradients=False)
+        self.steps, self.seen, self.found = steps, seen, []
+        with pytest.raises(cost.Enough):
+            train.rehearse(s, source, self)
 
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(cost.Enough):
-        train.rehearse(s, LlamaConfig(257, 3, 32, 4, 4, 8, 48, 64), Shapes(s, s.batch_size, keeps_gradients=False))
-    return trainers
+    def watch(self, trainer):
+        self.trainer = trainer
+
+    def next_batch(self, step, weights):
+        self.found.append(self.seen())
+        if step == self.steps:
+            raise cost.Enough
+        return self
 
 
-def test_a_step_reads_nothing_from_the_device():
-    quiet = ["--micro_batch=2", "--log_interval=100", "--eval_interval=100", "--save_interval=100"]
-    s = load(train.Settings, [*SHAPE, "--init_from=x", "--gate_samples=2", *TARGET, *quiet])
-    [trainer] = two_steps(s)
-    with pytest.raises(Exception, match="local_scalar_dense"):  # the log line does, and is the place for it
-        trainer.meter.check(["a", "b", "c"])
+class Copies(TorchDispatchMode):
+    """The copies from the host to the device for which the host waits."""
 
-    def read_the_norm(trainer):
-        clamp = trainer.masks.clamp_
-        trainer.masks.clamp_ = lambda: (clamp(), trainer.meter.norm.item())
+    def __init__(self):
+        super().__init__()
+        self.waited_for = []
 
-    with pytest.raises(Exception, match="local_scalar_dense"):
-        two_steps(s, read_the_norm)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = {x.device for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1 and not (kwargs or {}).get("non_blocking"):
+            self.waited_for.append(function)
+        return result
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Have PyTorch allow on the meta device what it allows on a GPU."""
+    optimizer = sys.modules[torch.optim.Optimizer.__module__]
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    monkeypatch.setattr(parallel, "autocast", lambda *_: nullcontext())
+
+
+LARGE = {  # config -> shape of a small source
+    "prune_7b": LlamaConfig(257, 2, 32, 4, 4, 8, 48, 64),
+    "prune_7b_2.7b": LlamaConfig(257, 2, 32, 4, 4, 8, 48, 64),
+    "prune_llama3_8b": LlamaConfig(257, 2, 32, 4, 2, 8, 48, 64, rope_theta=5e5),
+    "prune_qwen3_0.6b": LlamaConfig(257, 2, 32, 4, 2, 8, 48, 64, tie_embeddings=True, qk_norm=True),
+    "continue_1.3b": LlamaConfig(257, 2, 32, 4, 4, 8, 48, 64),
+}
+TARGET_OF_LARGE = "--target_n_layer=1 --target_d_model=24 --target_n_head=2 --target_d_ffn=32".split()
+# the noise fades, and after two steps the choice is fixed
+SETTLING = "--noise_from=0 --noise_to=2 --settle_at=2 --fade=3 --sparsity_warmup=1".split()
+
+
+def shrunken(name: str, *options: str) -> tuple[train.Settings, LlamaConfig]:
+    """The settings of a large config and the shape of its source, both small; it logs and saves nothing."""
+    small = "--steps=9 --warmup=2 --batch_size=2 --gate_samples=2 --micro_batch=1 --seq_len=16 --log_interval=99 "
+    small += "--eval_interval=99 --save_interval=99 --schedule=constant --sparsity_warmup=2 --parallel=ddp"
+    target = TARGET_OF_LARGE if name.startswith("prune") else []
+    config = str(ROOT / "config" / f"{name}.py")
+    return load(train.Settings, [config, *small.split(), *target, *options]), LARGE[name]
+
+
+@pytest.mark.parametrize("name, options", [*((name, []) for name in LARGE), ("prune_7b", SETTLING)])
+def test_no_step_waits_for_the_device_or_compiles_again(name, options, on_meta, monkeypatch):
+    """One graph serves all layers and steps, whatever the noise. Where the gates settle there is one more: they learn
+    no longer."""
+    s, source = shrunken(name, *options)
+    n_steps = 4 if options else 2
+    with Copies() as copies:
+        steps = NoValues(s, source, n_steps, lambda: len(copies.waited_for))
+    assert set(steps.found) == {steps.found[0]}  # those of the set-up
+    with pytest.raises(RuntimeError, match="meta"):  # the log line does, and is the place for it
+        steps.trainer.meter.check(["a", "b", "c"])
+
+    torch.compiler.reset()
+    counter, compile = CompileCounter(), Layer.compile
+    monkeypatch.setattr(Layer, "compile", lambda layer: compile(layer, backend=counter))
+    monkeypatch.setattr(parallel, "make_model", partial(parallel.make_model, compiled=True))
+    steps = NoValues(s, source, n_steps, lambda: counter.frame_count)
+    assert steps.found == ([0, 1, 1, 2, 2] if options else [0, 1, 1])
+
+
+def test_a_step_that_waits_for_the_device_is_seen(on_meta, monkeypatch):
+    s, source = shrunken("prune_7b")
+    clamp = train.PruningMasks.clamp_
+    monkeypatch.setattr(train.PruningMasks, "clamp_", lambda masks: (clamp(masks), torch.zeros(3).to("meta")))
+    with Copies() as copies:
+        found = NoValues(s, source, 2, lambda: len(copies.waited_for)).found
+    assert np.diff(found).tolist() == [1, 1]
+    monkeypatch.setattr(train.PruningMasks, "clamp_", lambda masks: (clamp(masks), masks.layer.log_alpha.sum().item()))
+    with pytest.raises(RuntimeError, match="meta"):
+        NoValues(s, source, 2)
 
 
 def test_checkpointed_layers_compute_the_same():
