@@ -18,7 +18,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -188,7 +188,7 @@ class Trainer:
             if masks:
                 kept, model = choices.describe(masks.cpu()), extract(model, masks)
             origin = model_directory(s.init_from) if s.init_from else None
-            save_model(directory, model, kept, origin, self.reader, export_dtype(s.export_dtype, origin))
+            save_model(directory, model, kept, origin, self.reader, getattr(torch, s.export_dtype))
             del model
         del whole
         parallel.barrier()
@@ -354,6 +354,8 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
             shape, start = model_shape(s, s.init_from, data), directory_of(s.init_from)
         else:
             shape, start = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
+        # now, since the source may move before the run ends
+        s = replace(s, export_dtype=export_dtype(s.export_dtype, start if s.init_from else None))
         cost.check_memory(s, shape, device)
         why_not = None
         if run.state:

@@ -116,7 +116,8 @@ class TokenData:
         if "bos" in self.meta:
             return self.meta["bos"]
         # Prepared before meta.json had this key, so without one. Only a tokenizer that is a file can have one.
-        if Path(self.tokenizer).is_absolute() and load_tokenizer(self.tokenizer).bos is not None:
+        named = f"{self.path / 'meta.json'}: its tokenizer"
+        if Path(self.tokenizer).is_absolute() and load_tokenizer(self.tokenizer, named).bos is not None:
             raise ValueError(
                 f"{self.path}: no token starts its documents, but {self.tokenizer} starts every text with one: "
                 "delete it and prepare it again"

@@ -22,12 +22,12 @@ from typing import BinaryIO
 
 from plumbing.dataset import wrong_name
 from plumbing.folder import File
+from plumbing.foreign import IS_POINTER, POINTER
 from plumbing.left_out import LeftOut, TooMuchLeftOut
 
 PIECE = 1 << 20  # characters of a long .txt file that are read at a time, where it is cut
 MAX_LINE = 1 << 27  # bytes of a line, or of a .json file that is one list: it is held in memory
 NO_LINES = (".json", ".json.gz", ".json.zst")  # a file with such a name may be one list
-POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that git-LFS puts in place of a large one
 Text = tuple[str, str, int]
 Record = tuple[int, bytes | dict | None, int]  # number in the file, content (None: a line too long), bytes read so far
 
@@ -62,7 +62,7 @@ def check_head(stream: BinaryIO):
     """ValueError for what a file of text cannot begin with."""
     head = stream.peek(len(POINTER))
     if head.startswith(POINTER):
-        raise ValueError("a git-LFS pointer stands in place of the file; `git lfs pull` fetches it")
+        raise ValueError(f"this is {IS_POINTER}")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("this is UTF-16; convert it to UTF-8")
 

@@ -3,8 +3,10 @@ failed, weights that were saved by pickle under another name."""
 
 from pathlib import Path
 
+POINTER = b"version https://git-lfs"  # how the file begins that git-LFS puts in place of a large one
+IS_POINTER = "a git-LFS pointer, not the file itself; `git lfs pull` fetches that"
 BEGINS_WITH = (
-    (b"version https://git-lfs", "a git-LFS pointer, not the file itself; `git lfs pull` fetches that"),
+    (POINTER, IS_POINTER),
     (b"\x80", "a pickle, which is never opened: it could run any code"),
     (b"PK\x03\x04", "a zip file, perhaps one of torch.save, which is never opened: it could run any code"),
     (b"\x1f\x8b", "a gzip file"),

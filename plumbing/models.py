@@ -135,16 +135,16 @@ def digest(model: str) -> str:
     return found.hexdigest()[:16]
 
 
-def export_dtype(setting: str, origin: Path | None) -> torch.dtype | None:
+def export_dtype(setting: str, source: Path | None) -> str:
     """The dtype that a finished model is written in, by the setting of this name: that of the model directory that the
-    run started from (None: the dtype of the training), or the one named."""
-    if setting == "source":
-        return stored_dtype(origin) if origin else None
-    return getattr(torch, setting)
+    run starts from (None: it starts from scratch, and float32 is what it trains in), or the one named."""
+    if setting != "source":
+        return setting
+    return str(stored_dtype(source)).removeprefix("torch.") if source else "float32"
 
 
 def save_model(
-    path: Path, model: Llama, kept: dict | None, origin: Path | None, reader: BatchReader, dtype: torch.dtype | None
+    path: Path, model: Llama, kept: dict | None, origin: Path | None, reader: BatchReader, dtype: torch.dtype
 ) -> None:
     """Write a model directory, in `dtype`, with pruning.json (which indices were kept), the tokenizer files of `origin`
     or, where it has none that can be read, those that the data were prepared with, trained_with.json (which tokenizer,

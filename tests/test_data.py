@@ -442,3 +442,6 @@ def test_data_without_the_key_bos(tiny_data, bpe_file, bos_file, tmp_path):
         else:
             with pytest.raises(ValueError, match="starts every text with one: delete it and prepare it again"):
                 TokenData(path)
+    (path / "meta.json").write_text(json.dumps(meta | {"tokenizer": "/moved", "vocab_size": 401}))
+    with pytest.raises(ValueError, match="meta.json: its tokenizer /moved: no such file"):
+        TokenData(path)

@@ -15,6 +15,7 @@ from processes import fresh, resident_memory
 from test_model import relative
 
 import eval as eval_module
+import train
 from model import Llama, LlamaConfig, read_config
 from plumbing.data import TokenData
 from plumbing.huggingface import stored_dtype
@@ -102,6 +103,18 @@ def test_their_model_pruned_loads_in_transformers_with_its_tokenizer(theirs, dat
         theirs / "tokenizer.json"
     ).read_bytes()
     assert metrics(tmp_path / "continued", "end") and stored_dtype(tmp_path / "continued" / "model") == torch.float32
+
+
+def test_the_dtype_is_the_sources_where_that_moves_meanwhile(theirs, data, tmp_path, monkeypatch):
+    source, finish = shutil.copytree(theirs, tmp_path / "source"), train.Trainer.finish
+
+    def move_and_finish(*args):
+        source.rename(tmp_path / "moved")
+        finish(*args)
+
+    monkeypatch.setattr(train.Trainer, "finish", move_and_finish)
+    assert run(monkeypatch, f"--data={data}", f"--init_from={source}", "--steps=1", f"--out={tmp_path / 'out'}") == 0
+    assert stored_dtype(tmp_path / "out" / "model") == torch.bfloat16
 
 
 def test_a_model_from_scratch_has_the_tokenizer_of_its_text(theirs, data, tmp_path, monkeypatch):

@@ -604,7 +604,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(POINTER)
     left_out = LeftOut()
-    with pytest.raises(ValueError, match=f"{name}: a git-LFS pointer stands in place of the file"):
+    with pytest.raises(ValueError, match=f"{name}: this is a git-LFS pointer"):
         list(read_file(File("d", tmp_path / name), left_out))
 
 
