@@ -320,7 +320,8 @@ def rehearse(s: Settings, source: LlamaConfig, rehearsal: cost.Rehearsal) -> Non
     settings are such that nothing is logged, evaluated or saved."""
     shape, masks = source, None
     if target := s.target_shape(source):
-        shape, masks = (source, make_masks(s, source, target).to(rehearsal.device)) if s.cut_at else (target, None)
+        with rehearsal.device:
+            shape, masks = (source, make_masks(s, source, target)) if s.cut_at else (target, None)
     layers = {**rehearsal.sharding, "checkpoint_layers": s.activation_checkpointing}
     model = parallel.make_model(shape, None, rehearsal.device, **layers)
     trainer = Trainer(s, model, masks, rehearsal, Mixture(["all"], [1.0], "constant"))

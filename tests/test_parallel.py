@@ -398,6 +398,15 @@ def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
     assert number["price"] == pytest.approx(1e9 * flops / (0.4 * 989e12) / 3600, rel=1e-3)
 
 
+def test_dry_run_of_pruning():
+    """In shards, with layers recomputed: AdamW has 8 bytes for each number of a shard, of all gates and multipliers."""
+    s, source = shrunken("prune_7b", "--parallel=fsdp", "--world_size=2")
+    need = cost.memory(s, source, train.rehearse)
+    gates = 2 + 32 + 2 * 4 + 2 * 48
+    assert need["optimizer"] == pytest.approx(8 * (source.n_params() / 2 + gates + 8), rel=0.01)
+    assert need["all"] == pytest.approx(sum(need[kind] for kind in cost.ROWS))
+
+
 def test_dry_run_of_ddp_knows_that_buckets_stay():
     """A process alone frees its gradients after the step, before activations are at their most; DDP's does not."""
     args = "--n_layer=2 --d_model=512 --n_head=4 --d_ffn=1376 --batch_size=8 --seq_len=64".split()
