@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/continue_1.3b.py
 
-46 GiB per GPU on 8 GPUs (`--dry_run --world_size=8`).
+43 GiB per GPU on 8 GPUs (`--dry_run --world_size=8`).
 """
 
 base = "slimpajama.py"

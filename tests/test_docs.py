@@ -10,6 +10,7 @@ import pytest
 from conftest import metrics
 from torch.distributed.run import get_args_parser
 
+from experiments import large
 from plumbing.command_line import load
 from train import Settings
 
@@ -139,3 +140,7 @@ def test_every_logged_key_is_explained(chain):
 def test_results_in_the_docs_are_json_with_their_command():
     for path in (ROOT / "docs").rglob("*.json"):
         assert "command" in json.loads(path.read_text()), path
+
+
+def test_the_table_of_the_large_configs_is_that_of_its_figures():
+    assert large.table(json.loads((ROOT / "docs/dry_run/large.json").read_text())["rows"]) in TEXT["dry_run.md"]
