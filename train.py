@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,24 +30,17 @@ from dro import Mixture, Point
 from eval import domain_losses
 from masks import PruningMasks, extract
 from model import Gates, Llama, LlamaConfig, read_config
-from plumbing import checksums, choices, cost, parallel
+from plumbing import choices, cost, parallel
 from plumbing import cut as cutting
 from plumbing.command_line import command, load, user_errors
 from plumbing.data import BatchReader, TokenData
 from plumbing.dataset import DamagedData
 from plumbing.log import Log, Meter, give_up, say
-from plumbing.models import (
-    check_tokenizer,
-    data_position,
-    digest,
-    directory_of,
-    export_dtype,
-    model_directory,
-    save_model,
-)
+from plumbing.models import directory_of, model_directory, save_model
 from plumbing.parallel import Engine
 from plumbing.run import Run, flush, newest_checkpoint
-from plumbing.settings import FREE, Settings
+from plumbing.settings import Settings
+from plumbing.sources import open_sources
 
 CALIBRATION_STEPS = 4  # a choice that looks at text looks at the batches of so many steps
 
@@ -169,7 +161,7 @@ class Trainer:
         self.mixture.state, self.kept = state["mixture"], state["kept"]
         if "ratio" in run.changed:
             self.mixture.state |= {key: given[key] for key in ("weights", "ratio")}
-        if None not in given["reference"] and new_references(run):
+        if None not in given["reference"] and run.new_references:
             self.mixture.state |= {key: given[key] for key in ("reference", "reference_is")}
         if parallel.is_first():
             self.meter.sums += torch.tensor(state["unlogged"], dtype=torch.float64, device=self.engine.device)
@@ -254,31 +246,6 @@ def make_mixture(s: Settings, data: TokenData, references: dict[str, float] | No
     )
 
 
-def check_domains(s: Settings, data: TokenData) -> None:
-    """ValueError unless the settings name the domains of the data, and each has enough text to be evaluated."""
-    for name, given in (("ratio", s.ratio), ("reference_losses", s.reference_losses)):
-        if given and set(given) != set(data.domains):
-            raise ValueError(
-                f"{name} must name the domains {', '.join(data.domains)}, not {', '.join(map(str, given))}"
-            )
-    for domain in data.domains:
-        data.eval_sequences(domain, "val", s.seq_len, 1)
-
-
-def model_shape(s: Settings, name: str, data: TokenData) -> LlamaConfig:
-    """Shape of the model that a model directory or a run holds. ValueError where it cannot read the data."""
-    config = read_config(directory_of(name))
-    check_tokenizer(name, config, data)
-    if s.seq_len > config.max_seq_len:
-        raise ValueError(f"seq_len = {s.seq_len}: {name} was made for {config.max_seq_len} tokens at most")
-    return config
-
-
-def new_references(run: Run) -> bool:
-    """Whether a run that goes on takes the references of its settings, and not those that its checkpoint has."""
-    return None in run.state["mixture"]["reference"] or bool({"reference_losses", "reference_model"} & set(run.changed))
-
-
 def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> PruningMasks:
     """The gates of a pruning run."""
     noise = (s.noise_from, s.noise_to) if s.noise_to else (math.inf, math.inf)
@@ -338,54 +305,23 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
     layers = {"checkpoint_layers": s.activation_checkpointing, "compiled": s.compile}
     make = partial(parallel.make_model, device=device, **sharding, **layers)
     with parallel.together():
-        # what there is: the run, the data, the source
-        _, micro_batch = s.split_batch(parallel.size())
-        run = Run(s.out, asdict(s), FREE, s.resume)
-        gone = not (Path(s.data).exists() and Path(s.init_from).exists())
-        if not (run.finished and gone):  # a finished run does not need what it was made of
-            data = TokenData(s.data, s.domains or None)
-            check_domains(s, data)
-            run.check_content({"data": data.digest} | ({"init_from": digest(s.init_from)} if s.init_from else {}))
-        if run.finished:
-            say(f"{run.path / 'model'} is finished already")
+        sources = open_sources(s, device)
+        if sources is None:
             return None
-        mine = {"rank": parallel.rank(), "processes": parallel.size(), "micro_batch": micro_batch}
-        reader = BatchReader(data, s.seq_len, s.batch_size, s.seed, **mine, gate_samples=s.gate_samples, device=device)
-        if s.init_from:
-            shape, start = model_shape(s, s.init_from, data), directory_of(s.init_from)
-        else:
-            shape, start = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
-        # now, since the source may move before the run ends
-        s = replace(s, export_dtype=export_dtype(s.export_dtype, start if s.init_from else None))
-        cost.check_memory(s, shape, device)
-        why_not = None
-        if run.state:
-            reader.load_state_dict(run.state["reader"])
-        elif s.init_from:
-            checksums.check(start)
-            position = data_position(s.init_from)
-            why_not = reader.go_on_after(position) if position else None
-        new_reference = s.reference_model and (run.state is None or new_references(run))
-        if s.reference_model:
-            model_shape(s, s.reference_model, data)
-        if new_reference:
-            checksums.check(directory_of(s.reference_model))
-
-        # what is trained: the source with its gates, and the small model once that is cut out
-        masks = None
+        run, reader, shape = sources.run, sources.reader, sources.shape
+        masks = reference_model = None
         if target := s.target_shape(shape):
             run.check_choice(s.cut_at)
             if run.state and run.state["kept"]:
-                shape = target
+                shape = target  # the small model was cut out already
             else:
                 masks = make_masks(s, shape, target)
         run.check_model(shape, masks)
-        model = make(shape, None if run.state else start)
+        model = make(shape, sources.start)
         if masks and s.gates != "learned" and run.state is None and parallel.is_first():
             choose_(s, masks, reader)
-        reference_model = None
-        if new_reference:
-            reference_model = parallel.read_model(directory_of(s.reference_model), device, **sharding)
+        if sources.reference:
+            reference_model = parallel.read_model(sources.reference, device, **sharding)
 
     if masks:
         masks.load_state_dict(parallel.from_first(masks.state_dict()))
@@ -393,11 +329,12 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
     references = s.reference_losses or None
     if reference_model:
         say(f"measuring the reference losses on {s.reference_model}")
-        references = validation_losses(s, reference_model, data)
+        references = validation_losses(s, reference_model, reader.data)
         del reference_model
-    mixture, log = make_mixture(s, data, references), Log(s, run, reader, shape, device)
-    if why_not:
-        say(f"note: this run reads {s.data} from its beginning, not from where {s.init_from} stopped: {why_not}")
+    s = replace(s, export_dtype=sources.export_dtype)
+    mixture, log = make_mixture(s, reader.data, references), Log(s, run, reader, shape, device)
+    if why := sources.from_the_beginning:
+        say(f"note: this run reads {s.data} from its beginning, not from where {s.init_from} stopped: {why}")
     log.settings(mixture)
     trainer = Trainer(s, model, masks, reader, mixture)
     if run.state:

@@ -26,13 +26,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from plumbing.metrics import read_metrics  # noqa: E402
+
+from plot import COLORS, STYLE, new_figure  # noqa: E402
+
 OUT, DOCS = Path("out/pruning"), ROOT / "docs" / "pruning"
 CHOICES = ["random", "magnitude", "activation", "taylor"]
 ROWS = [
     *(f"{choice}, {way}" for choice in CHOICES for way in ("at one stroke", "fading")),
     *("learned, two stages", "learned, settling", "learned, settling sooner", "from scratch"),
 ]
+DRAWN = ["random, at one stroke", "magnitude, at one stroke", "activation, at one stroke", "activation, fading",
+         "learned, two stages", "learned, settling"]  # fmt: skip
 PAPER = {"gates": "learned", "noise_from": 0, "noise_to": 0, "settle_at": 0, "fade": 0}  # in place of the config's
 
 
@@ -132,19 +143,59 @@ def main():
     file, models = OUT / f"{args.scale}.json", [scale.source, *runs.values()]
     call("eval.py", *models, "--data", scale.data, "--seq_len", 256, "--sequences", scale.sequences, "--json", file)
     losses = {m: r["average"]["loss"] for m, r in json.loads((ROOT / file).read_text())["models"].items()}
-    table = {row: [losses[runs[row, seed]] for seed in range(args.seeds)] for row in args.rows}
-    DOCS.mkdir(parents=True, exist_ok=True)
     result = {
         "command": f"python experiments/pruning.py {args.scale} --seeds {args.seeds}",
         "measure": "test loss, nats per token, average over domains; one value per seed",
         "source": losses[scale.source],
-        "losses": table,
+        "losses": {row: [losses[runs[row, seed]] for seed in range(args.seeds)] for row in args.rows},
     }
+    DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / f"{args.scale}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"source {result['source']:.3f}")
-    for row, values in sorted(table.items(), key=lambda item: statistics.fmean(item[1])):
+    figure({row: [ROOT / runs[row, seed] for seed in range(args.seeds)] for row in args.rows}).savefig(
+        DOCS / f"{args.scale}.png"
+    )
+    print(table(result))
+
+
+def table(result: dict) -> str:
+    """Markdown: the test loss of each row, mean ± standard deviation over seeds, the best first."""
+    lines = ["| choice, way | test loss |", "|---|---|"]
+    for row, values in sorted(result["losses"].items(), key=lambda item: statistics.fmean(item[1])):
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        print(f"{row:<28}{statistics.fmean(values):.3f}{spread}   " + " ".join(f"{v:.3f}" for v in values))
+        lines.append(f"| {row} | {statistics.fmean(values):.3f}{spread} |")
+    return "\n".join([*lines, f"| *the source* | {result['source']:.3f} |"])
+
+
+def figure(runs: dict[str, list[Path]]):
+    """Left: validation loss over tokens, mean over seeds. Right: which layers each choice has kept, in how many of the
+    seeds. runs: row -> the run of each seed."""
+    with matplotlib.rc_context(STYLE):
+        fig, [[left, right]] = new_figure(1, 2, height=5, width_ratios=[3, 2])
+        drawn = [row for row in DRAWN if row in runs]
+        for color, row in zip(COLORS, drawn):
+            curves = []
+            for out in runs[row]:
+                stages = [read_metrics(path) for path in (out.with_name(out.name + "_gated"), out) if path.exists()]
+                before = np.cumsum([0, *(stage.evals[-1]["tokens"] for stage in stages)])
+                points = [(e["tokens"] + n, np.mean(list(e["loss"].values()))) for n, stage in zip(before, stages)
+                          for e in stage.evals]  # fmt: skip
+                curves.append(points)
+            tokens, loss = np.mean(curves, axis=0).T
+            left.plot(tokens / 1e6, loss, color=color, label=row)
+        source = np.mean(list(read_metrics(runs[drawn[0]][0]).evals[0]["reference"].values()))  # it was measured on it
+        left.axhline(source, color="black", linestyle=":", label="the source")
+        left.set_ylim(source - 0.1, source + 0.5)
+        left.set_xlabel("tokens (millions)")
+        left.set_ylabel("validation loss (nats per token)")
+        left.legend(fontsize=11)
+        chosen = [row for row in drawn if (runs[row][0] / "model" / "pruning.json").exists()]
+        kept = [[json.loads((out / "model" / "pruning.json").read_text()) for out in runs[row]] for row in chosen]
+        layers = range(kept[0][0]["source"]["n_layer"])
+        right.imshow([[np.mean([i in k["layer"]["kept"] for k in seeds]) for i in layers] for seeds in kept],
+                     cmap="Greys", vmin=0, vmax=1, aspect="auto", zorder=3)  # fmt: skip
+        right.set_yticks(range(len(chosen)), chosen)
+        right.set_xlabel("layers kept (grey: in some of the seeds)")
+    return fig
 
 
 if __name__ == "__main__":

@@ -210,6 +210,12 @@ class Run:
             what = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in changed.items())
             raise ValueError(f"{self.path} was started with other settings, choose another --out: {what}")
 
+    @property
+    def new_references(self) -> bool:
+        """Whether a run that goes on takes the references of its settings, and not those that its checkpoint has."""
+        has_none = None in self.state["mixture"]["reference"]
+        return has_none or bool({"reference_losses", "reference_model"} & set(self.changed))
+
     def check_content(self, digests: dict[str, str]) -> None:
         """ValueError where the data or the model that the run starts from have other content than when it was begun.
         digests: setting that names a file -> what tells its content from others."""
