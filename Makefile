@@ -1,5 +1,6 @@
 # make demo     everything from nothing: text, a source model, pruning, training on, evaluation, pictures. It takes about
 #               fifteen minutes on two CPU cores. Run it again to go on where it was.
+# make tour     the figures, quotes and notebook of docs/tour.md, after make demo
 # make test     lint and tests, from nothing
 # make bench    is it fast? All that has a bound, beside what it is compared with
 # make compare  all schedules against each other, with several seeds. It takes hours. Run it again to go on where it was.
@@ -13,7 +14,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test bench compare clean
+.PHONY: demo tour test bench compare clean
 
 demo: $(VENV)/done
 	$(RUN) prepare_data.py installed --out data/demo --held_out 0.1
@@ -22,6 +23,9 @@ demo: $(VENV)/done
 	$(RUN) train.py config/toy_continue.py
 	$(RUN) eval.py out/toy_pretrain out/toy_prune out/toy_continue --data data/demo --sequences 128 --json out/demo.json
 	$(RUN) plot.py out/toy_pretrain out/toy_prune out/toy_continue
+
+tour: $(VENV)/done
+	$(RUN) experiments/tour.py
 
 test: $(VENV)/done
 	$(VENV)/bin/ruff check .

@@ -19,12 +19,12 @@ The seven colours are from the palette of Okabe and Ito, which colour-blind read
 
 import argparse
 import sys
-from collections import defaultdict
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure  # without pyplot there is no global state and no display is needed
 from matplotlib.lines import Line2D
@@ -33,7 +33,7 @@ from scipy.optimize import isotonic_regression
 
 from dro import COLLECT_FROM, PREDICT_FROM, RATIO_FROM
 from plumbing.command_line import Parser, check_output, command, one_line, user_errors
-from plumbing.records import parse_metrics
+from plumbing.metrics import Metrics, get, latest, read_metrics, series
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, no yellow
 MARKERS = ["", "o", "s", "^", "D", "v", "X", "P"]  # the eighth to the fourteenth line have circles, the next squares
@@ -41,11 +41,14 @@ NAMES = {"layer": "layers", "hidden": "hidden dimensions", "head": "KV heads", "
 SHAPE = {"layer": "n_layer", "hidden": "d_model", "head": "n_kv_head", "ffn": "d_ffn"}  # keys of the model's config
 REFERENCE_LINES = {"given": "-", "predicted": "--", "seen": ":", None: "--"}  # None: a run that does not say which
 WIDTH, HEIGHT, GREY = 12, 6.75, "#666666"  # inches; the shape of a slide
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"]
+FONTS += ["WenQuanYi Micro Hei", "Arial Unicode MS"]  # a domain may have a name in any script
 STYLE = {
     "figure.dpi": 120,
     "figure.constrained_layout.w_pad": 0.12,
     "figure.constrained_layout.h_pad": 0.1,
     "font.size": 14,
+    "font.family": [name for name in FONTS if name in font_manager.get_font_names()],
     "axes.titlesize": 15,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
@@ -62,110 +65,21 @@ STYLE = {
     "lines.linewidth": 2.2,
     "text.parse_math": False,  # the name of a domain may contain "$"
 }
-
-
-# --- metrics.jsonl -> Metrics
-
-
-@dataclass
-class Metrics:
-    """What metrics.jsonl says about a run: its `run` line, its `train` and `eval` lines, and its `end` line, if any.
-
-    left_out: what is wrong with each line that does not fit (plumbing/records.py), such as a half-written last one.
-    """
-
-    path: Path
-    info: dict
-    train: list[dict]
-    evals: list[dict]
-    end: dict | None
-    left_out: list[str]
-
-    @property
-    def name(self) -> str:
-        """The name of the run's directory."""
-        return self.path.resolve().name
-
-    @property
-    def domains(self) -> list[str]:
-        """The domains, in the run's order."""
-        return self.info["domains"]
-
-    @property
-    def has_gates(self) -> bool:
-        """Whether the run learns what to prune."""
-        return self.info.get("target") is not None
-
-
-def read_metrics(path: str | Path) -> Metrics:
-    """The metrics of the run in directory `path`. ValueError if there are none, or no evaluation yet."""
-    path = Path(path)
-    file = path / "metrics.jsonl"
-    if not path.is_dir():
-        near = sorted(str(p.parent) for p in path.parent.glob("*/metrics.jsonl"))
-        raise ValueError(f"{path}: no such run" + (f"; there are {', '.join(near)}" if near else ""))
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; plot.py needs a directory that train.py has written to")
-    lines, left_out = defaultdict(list), []
-    for number, text in enumerate(file.read_bytes().splitlines(), 1):
-        try:
-            record = parse_metrics(text)
-            check_lists(record)
-            lines[record["type"]].append(record)
-        except ValueError as error:
-            left_out.append(f"{file}:{number}: {error}")
-    wrong = f" ({left_out[0]})" if left_out else ""
-    if not lines["run"]:
-        raise ValueError(f"{file}: not the metrics of a run: there is no `run` line{wrong}")
-    if not lines["eval"]:
-        raise ValueError(f"{file}: no evaluation yet, so there is nothing to draw; try again after it{wrong}")
-    end = lines["end"][-1] if lines["end"] else None
-    return Metrics(path, lines["run"][-1], lines["train"], lines["eval"], end, left_out)
-
-
-def check_lists(record: dict) -> None:
-    """ValueError where the lists of a line do not belong together: a number for each step, a row for each layer."""
-    if curve := record.get("curve"):
-        if any(losses is not None and len(losses) != len(curve["step"]) for losses in curve["loss"].values()):
-            raise ValueError("the curve has another number of losses than of steps")
-    gates = {g: z for g, z in (record.get("gates") or {}).items() if z}
-    if len({len(z) for g, z in gates.items() if g != "hidden"}) > 1:
-        raise ValueError("the gates are of several numbers of layers")
-    for g in gates.keys() & {"head", "ffn"}:
-        if not gates[g][0] or len(set(map(len, gates[g]))) > 1:
-            raise ValueError(f"the gates of {g} are not as many in each layer")
-
-
-def get(record: dict | None, *keys: str):
-    """record[key][key]..., or None where a key is absent or a value on the way is null."""
-    for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
-
-
-def series(records: list[dict], *keys: str) -> np.ndarray:
-    """A number of each record, as a float array. An absent or null number becomes NaN, which is a gap in a line."""
-    return np.array([get(record, *keys) for record in records], dtype=float)
-
-
-def latest(run: Metrics, key: str, domain: str) -> float:
-    """The number of the `end` line (a pruning run's is the extracted model's), else of the last evaluation."""
-    values = series([*run.evals, run.end], key, domain)
-    values = values[np.isfinite(values)]
-    return values[-1] if len(values) else np.nan
-
-
-def timeline(run: Metrics) -> dict[str, float]:
-    """What the paper's two additions do -> from which share of the run on, as far as the run's schedule uses them."""
-    marks = {}
-    if run.info.get("dynamic_reference") and run.info.get("schedule") in ("sheared", "dro"):
-        marks |= {"points": COLLECT_FROM, "predictions": PREDICT_FROM}
-    if run.info.get("dynamic_ratio") and run.info.get("schedule") == "dro":
-        marks |= {"ratio moves": RATIO_FROM}
-    return marks
+RAW = {"lw": 1, "alpha": 0.45}  # a noisy line, below its running mean
+warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font has all scripts: a box is drawn
 
 
 # --- what all pictures use
+
+
+def timeline(run: Metrics) -> dict[str, float]:
+    """What the paper's two additions do -> from which share of the run on, as far as its schedule uses them."""
+    marks = {}
+    if run.info.get("dynamic_reference") and run.info.get("schedule") in ("sheared", "dro"):
+        marks |= {"points": COLLECT_FROM, "law": PREDICT_FROM}
+    if run.info.get("dynamic_ratio") and run.info.get("schedule") == "dro":
+        marks |= {"ratio": RATIO_FROM}
+    return marks
 
 
 def new_figure(rows=1, columns=1, height=HEIGHT, **grid):
@@ -209,13 +123,14 @@ def shorten(text: str, length: int) -> str:
 
 def entry(text: str, **style) -> Line2D:
     """An entry of a legend."""
-    return Line2D([], [], label=text, **{"color": "#333333", **style})
+    label = " " + text if text.startswith("_") else text  # matplotlib leaves a label out that begins so
+    return Line2D([], [], label=label, **{"color": "#333333", **style})
 
 
 def legend(fig, entries: list[Line2D]):
     """A legend below the axes: one row if the entries fit, else as many columns as the longest entry allows."""
     widths = [len(e.get_label()) + 7 for e in entries]  # in letters, with the sample of the line
-    columns = len(entries) if sum(widths) <= 112 else max(1, 112 // max(widths))
+    columns = len(entries) if sum(widths) <= 118 else max(1, 118 // max(widths))
     fig.legend(handles=entries, loc="outside lower center", ncols=columns)
 
 
@@ -226,6 +141,36 @@ def spread(positions: np.ndarray, gap: float, low=0.0, high=1.0) -> np.ndarray:
     moved = np.empty(len(positions))
     moved[order] = np.clip(start, low, max(low, high - offsets[-1])) + offsets
     return moved
+
+
+def running_mean(y: np.ndarray, reach=2) -> np.ndarray:
+    """The mean of each number and of up to `reach` neighbours on either side, as many on both: the ends stay."""
+    reaches = [min(reach, i, len(y) - 1 - i) for i in range(len(y))]
+    return np.array([y[i - r : i + r + 1].mean() for i, r in enumerate(reaches)])
+
+
+def label_ends(ax, ends: dict[str, float], texts: dict[str, str], look: dict[str, dict], size=14.0):
+    """A text to the right of each line's end. They are kept apart; y is on the axes' scale, which is final by now."""
+    to_axes = ax.transData + ax.transAxes.inverted()
+    at = np.nan_to_num([to_axes.transform((0, y))[1] for y in ends.values()])
+    gap = 1.35 * size / 72 / (ax.get_position().height * 0.85 * ax.figure.get_figheight())
+    for name, here, there in zip(ends, at, spread(at, gap)):
+        ax.text(1.045, there, texts[name], transform=ax.transAxes, va="center", fontsize=size)
+        ax.plot([1.003, 1.038], [here, there], transform=ax.transAxes, clip_on=False, color=look[name]["color"])
+
+
+def draw_timeline(ax, run: Metrics, labels=True) -> list[Line2D]:
+    """A vertical line where each of the paper's additions sets in, as far as the run has come. Returns the entries of
+    the legend for it."""
+    marks, last = timeline(run), run.evals[-1]["step"]
+    style = {"color": "#aaaaaa", "lw": 1}
+    label = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "ha": "center", "fontsize": 12}
+    for share in marks.values():
+        if (at := share * run.info["steps"]) <= last:
+            ax.axvline(at, **style, zorder=0, gid="timeline")
+            ax.annotate(f"{100 * share:.0f} %" * labels, (at, 1), (0, 3), **label)
+    text = ", ".join(f"{what} {100 * share:.0f} %" for what, share in marks.items())
+    return [entry(text, **style, marker="|", ms=16, ls="")] if marks else []
 
 
 def zoom(ax):
@@ -253,9 +198,10 @@ def weights_figure(run: Metrics) -> Figure:
     q = {d: 100 * series(run.evals, "weights", d) for d in run.domains}
     p = {d: 100 * series(run.evals, "ratio", d) for d in run.domains}
     for d in run.domains:
-        stairs = {"drawstyle": "steps-post", "clip_on": False, "color": look[d]["color"]}
-        draw(ax, steps, p[d], **stairs, ls="--", lw=1.3, alpha=0.8, gid=f"ratio {d}")
-        draw(ax, steps, q[d], **stairs, marker=look[d]["marker"], gid=f"weight {d}")
+        color, stairs = look[d]["color"], {"drawstyle": "steps-post", "clip_on": False}
+        draw(ax, steps, p[d], **stairs, color=color, ls=":", lw=1.5, gid=f"ratio {d}")
+        draw(ax, steps, q[d], **stairs, color=color, **RAW, gid=f"weight {d}")
+        draw(ax, steps, running_mean(q[d]), **look[d], clip_on=False, gid=f"mean {d}")
     step_axis(ax, run, steps[-1])
     ax.set_ylabel("share of the next batches (%)")
     shown = np.array([*q.values(), *p.values()])
@@ -265,33 +211,20 @@ def weights_figure(run: Metrics) -> Figure:
         ax.minorticks_off()
     ax.yaxis.set_major_formatter("{x:g}")
     ax.autoscale_view()
+    texts = {d: f"{shorten(d, 18)}  {q[d][-1]:#.3g} %" for d in q}
+    label_ends(ax, {d: q[d][-1] for d in q}, texts, look, size=min(14, 330 / len(q)))
+    entries = [entry("data weight q", **RAW), entry("running mean"), entry("reference ratio p", ls=":", lw=1.5)]
+    legend(fig, [*entries, *draw_timeline(ax, run)])
 
-    # a label right of each line's end; labels are kept apart
-    size = min(14, 330 / len(q))
-    to_axes = ax.transData + ax.transAxes.inverted()
-    at = np.nan_to_num([to_axes.transform((steps[-1], y[-1]))[1] for y in q.values()])
-    for d, here, there in zip(q, at, spread(at, 1.25 * size / 380)):
-        text = f"{shorten(d, 18)}  {q[d][-1]:#.3g} %"
-        ax.text(1.045, there, text, transform=ax.transAxes, va="center", fontsize=size)
-        ax.plot([1.003, 1.038], [here, there], transform=ax.transAxes, clip_on=False, color=look[d]["color"])
-
-    entries = [entry("data weight q"), entry("reference ratio p", ls="--", lw=1.3)]
-    if marks := timeline(run):
-        style = {"color": "#aaaaaa", "lw": 1}
-        label = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "ha": "center", "fontsize": 12}
-        for share in marks.values():
-            if (at := share * run.info["steps"]) <= steps[-1]:
-                ax.axvline(at, **style, zorder=0)
-                ax.annotate(f"{100 * share:.0f} %", (at, 1), (0, 3), **label)
-        text = ", ".join(f"{what} from {100 * share:.0f} %" for what, share in marks.items())
-        entries.append(entry(text, **style, marker="|", ms=16, ls=""))
-    legend(fig, entries)
-
-    growth = {d: q[d][-1] / p[d][0] for d in run.domains if p[d][0] > 0}
+    share = {d: q[d][: max(1, len(steps) - 1)].mean() for d in q}  # by which the batches so far were drawn
+    growth = {d: share[d] / p[d][0] for d in run.domains if p[d][0] > 0}
     most = max(growth, key=growth.get, default=None)
     text = "every domain keeps its share of the batches"
     if most and growth[most] > 1.005:
-        text = f"{shorten(most, 18)} gets {q[most][-1]:.3g} % of the batches, {growth[most]:.2f} times its first share"
+        excess = {d: np.nanmean([0, *series(run.evals, "loss", d) - series(run.evals, "reference", d)]) for d in q}
+        behind = "falls behind and " if excess[most] == max(excess.values()) > 0 else ""
+        text = f"{shorten(most, 18)} {behind}gets {share[most]:.3g} % of the batches"
+        text += f", {growth[most]:.2f} times its first share"
     heading(fig, run, text)
     text = f"{run.info.get('schedule')} schedule"
     used = {d: get(run.evals[-1], "epochs", d) or 0 for d in run.domains}
@@ -319,12 +252,13 @@ def loss_figure(run: Metrics) -> Figure:
     columns = min(4, (n + 1) // 2)
     rows = -(-n // columns)
     fig, grid = new_figure(rows, columns, height=max(HEIGHT, 2.1 * rows))
-    entries = {"loss": entry("validation loss" + (", gated model" if run.has_gates else ""))}
-    excess = {}
+    name = "validation loss" + (", gated model" if run.has_gates else "")
+    entries, excess = {"loss": entry(name, **RAW), "mean": entry("running mean")}, {}
     for ax, d in zip(grid.flat, run.domains):
         color, notes = look[d]["color"], []
         loss, reference = series(run.evals, "loss", d), series(run.evals, "reference", d)
-        draw(ax, steps, loss, color=color, gid="loss")
+        draw(ax, steps, loss, color=color, **RAW, gid="loss")
+        draw(ax, steps, running_mean(loss), color=color, gid="mean")
         excess[d] = (loss - reference)[-1]
         sources = np.array([get(e, "reference_is", d) for e in run.evals])
         for source, ls in REFERENCE_LINES.items():
@@ -351,6 +285,7 @@ def loss_figure(run: Metrics) -> Figure:
             notes.append(f"now {latest(run, 'loss', d):.3f}")
         zoom(ax)
         step_axis(ax, run, run.info["steps"])
+        marks = draw_timeline(ax, run, labels=False)
         ax.set_xlabel("step" if ax in grid[-1] else "")
         ax.set_title(shorten(d, 70 // columns), pad=22)
         ax.annotate("    ".join(notes), (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=13)
@@ -362,7 +297,7 @@ def loss_figure(run: Metrics) -> Figure:
     if np.isfinite(excess[worst]):
         text = f"{shorten(worst, 18)} has the largest excess over its reference loss, {excess[worst]:+.3f} nats/token"
     heading(fig, run, text)
-    legend(fig, list(entries.values()))
+    legend(fig, [*entries.values(), *marks])
     return fig
 
 
@@ -441,8 +376,10 @@ def gates_figure(run: Metrics) -> Figure | None:
         if g == "hidden":
             ax.set_yticks([])
     fig.colorbar(image, ax=list(axes.values()), shrink=0.8, aspect=30, pad=0.02, label="gate z")
-    meaning = "white: removed, grey: removed with its layer" if removed.any() else "white: removed"
-    heading(fig, run, f"gates at step {logged[-1]['step']:,} ({meaning})")
+    text = f"gates at step {logged[-1]['step']:,} (white: removed)"
+    if removed.any():
+        text = f"layers {', '.join(map(str, np.flatnonzero(removed)))} are removed (white), and what is grey with them"
+    heading(fig, run, text)
     return fig
 
 

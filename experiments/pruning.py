@@ -194,7 +194,7 @@ def figure(runs: dict[str, list[Path]]):
         right.imshow([[np.mean([i in k["layer"]["kept"] for k in seeds]) for i in layers] for seeds in kept],
                      cmap="Greys", vmin=0, vmax=1, aspect="auto", zorder=3)  # fmt: skip
         right.set_yticks(range(len(chosen)), chosen)
-        right.set_xlabel("layers kept (grey: in some of the seeds)")
+        right.set_xlabel("layers kept (grey: in some seeds)")
     return fig
 
 

@@ -2,11 +2,13 @@
 
 import json
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import call
+from matplotlib.text import Text
 from processes import fresh, script
 
 import plot
@@ -163,11 +165,14 @@ def test_weights(tmp_path, domains, ratio):
         assert np.allclose(weight.get_xdata(), column(evals(lines), "step"))
         assert np.allclose(weight.get_ydata(), 100 * column(evals(lines), "weights", d))
         assert np.allclose(p.get_ydata(), 100 * column(evals(lines), "ratio", d))
-        assert p.get_linestyle() == "--" and weight.get_linestyle() == "-" and p.get_color() == weight.get_color()
+        mean = find(ax, f"mean {d}")
+        assert np.allclose(mean.get_ydata()[[0, 1, 3, 9, -1]], [weight.get_ydata()[a:b].mean() for a, b in (
+            (0, 1), (0, 3), (1, 6), (7, 12), (len(mean.get_ydata()) - 1, None))])  # fmt: skip
+        assert p.get_linestyle() == ":" and weight.get_linestyle() == "-" and p.get_color() == weight.get_color()
         assert any(text.startswith(f"{d}  ") and text.endswith(" %") for text in texts(fig))
     assert ax.get_xlabel() == "step (2,048 tokens each)" and "(%)" in ax.get_ylabel()
     assert ax.get_yscale() == ("log" if ratio else "linear")
-    looks = {(find(ax, f"weight {d}").get_color(), find(ax, f"weight {d}").get_marker()) for d in domains}
+    looks = {(find(ax, f"mean {d}").get_color(), find(ax, f"mean {d}").get_marker()) for d in domains}
     assert len(looks) == len(domains)
 
 
@@ -185,9 +190,13 @@ def test_labels_never_overlap(tmp_path):
 
 def test_weights_title_says_who_gained_and_whose_text_was_used_again(tmp_path):
     lines = list(records(domains=["a", "b"], ratio=[0.25, 0.75]))
-    lines[-2]["weights"], lines[-2]["epochs"] = {"a": 0.4, "b": 0.6}, {"a": 0.9, "b": 1.37}
+    for i, e in enumerate(evals(lines)):  # the last weights are not drawn by any more
+        last = i == len(evals(lines)) - 1
+        e |= {"weights": {"a": 0.9, "b": 0.1} if last else {"a": 0.4, "b": 0.6}, "ratio": {"a": 0.25, "b": 0.75}}
+        e |= {"loss": {"a": 2.0 + 0.1 * (i % 2), "b": 1.0}, "reference": {"a": 1.9, "b": 0.99}}
+    lines[-2]["epochs"] = {"a": 0.9, "b": 1.37}
     fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))
-    assert fig.get_suptitle() == "run: a gets 40 % of the batches, 1.60 times its first share"
+    assert fig.get_suptitle() == "run: a falls behind and gets 40 % of the batches, 1.60 times its first share"
     assert fig.axes[0].get_title("left") == "dro schedule; the text of b has been used 1.37 times"
     for e in evals(lines):
         e["weights"], e["epochs"] = {"a": 0.25, "b": 0.75}, {"a": 0.1, "b": 0.4}
@@ -267,6 +276,22 @@ def test_loss_shows_where_the_reference_comes_from(tmp_path):
         assert f"reference loss: {source}" in texts(fig)
     assert len(looks) == 3 and "reference loss" not in texts(fig)
     assert [line.get_gid() for line in b.lines if "reference" in line.get_gid()] == ["reference loss: given"]
+    assert [line.get_xdata()[0] for line in b.lines if line.get_gid() == "timeline"] == [4, 20, 40]
+
+
+def test_names_in_any_script_and_with_an_underscore(tmp_path):
+    names = ["_private", "中文", "العربية", "$a$"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # on a machine without a font for it
+        runs = [plot.read_metrics(write(tmp_path / n, records(domains=names))) for n in names[:2]]
+        for fig in (plot.weights_figure(runs[0]), plot.loss_figure(runs[0]), plot.comparison_figure(runs)):
+            fig.draw_without_rendering()
+            assert {tuple(text.get_fontfamily()) for text in fig.findobj(Text)} == {tuple(plot.STYLE["font.family"])}
+    labels = [text.get_text().strip() for text in fig.legends[0].get_texts()]
+    assert labels[:2] == ["_private (continue)", "中文 (continue)"]
+    loss = plot.loss_figure(runs[0])
+    assert [ax.get_title("left") for ax in loss.axes] == names
 
 
 def test_loss_of_a_pruned_run_without_gates(tmp_path):  # structures that were chosen before the run started
