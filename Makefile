@@ -1,9 +1,9 @@
-# make demo     everything from nothing: text, a source model, pruning, training on, evaluation, pictures. It takes about
-#               fifteen minutes on two CPU cores. Run it again to go on where it was.
+# make demo     everything from nothing: text, a source model, pruning, training on with and without the method,
+#               evaluation, pictures. It takes about fifteen minutes on two CPU cores. Run it again to go on where it was.
 # make tour     the figures, quotes and notebook of docs/tour.md, after make demo
 # make test     lint and tests, from nothing
 # make bench    is it fast? All that has a bound, beside what it is compared with
-# make compare  all schedules against each other, with several seeds. It takes hours. Run it again to go on where it was.
+# make compare  the schedules against each other, with several seeds. It takes hours. Run it again to go on where it was.
 # make clean    remove what demo and test have made
 #
 # All but clean first make a virtual environment in .venv and install requirements.txt there, if it is not there yet.
@@ -12,6 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+DEMO = out/toy_pretrain out/toy_prune out/toy_constant out/toy_continue
 export PYTHONUNBUFFERED = 1
 
 .PHONY: demo tour test bench compare clean
@@ -20,9 +21,10 @@ demo: $(VENV)/done
 	$(RUN) prepare_data.py installed --out data/demo --held_out 0.1
 	$(RUN) train.py config/toy_pretrain.py
 	$(RUN) train.py config/toy_prune.py
+	$(RUN) train.py config/toy_continue.py --schedule constant --out out/toy_constant
 	$(RUN) train.py config/toy_continue.py
-	$(RUN) eval.py out/toy_pretrain out/toy_prune out/toy_continue --data data/demo --sequences 128 --json out/demo.json
-	$(RUN) plot.py out/toy_pretrain out/toy_prune out/toy_continue
+	$(RUN) eval.py $(DEMO) --data data/demo --sequences 128 --json out/demo.json
+	$(RUN) plot.py out/toy_continue out/toy_constant
 
 tour: $(VENV)/done
 	$(RUN) experiments/tour.py
@@ -36,7 +38,7 @@ bench: $(VENV)/done
 	$(RUN) experiments/bench.py
 
 compare: $(VENV)/done
-	$(RUN) experiments/compare.py
+	$(RUN) experiments/compare.py toy
 
 $(VENV)/done: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,4 +46,4 @@ $(VENV)/done: requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) data/demo out/toy_pretrain out/toy_prune out/toy_continue out/demo.json
+	rm -rf $(VENV) data/demo $(DEMO) out/demo.json

@@ -19,7 +19,7 @@ that puts real probability on exactly 0 and exactly 1 (arXiv 1712.01312), so "ho
 After training the highest-scoring structures are kept, exactly as many as the target shape has, and `extract` cuts them
 out: the small dense Llama computes exactly what the source does with its deterministic gates at the target shape.
 
-    python train.py config/toy_prune.py
+    python train.py config/toy_gates.py
 """
 
 import math

@@ -1,7 +1,8 @@
 """One loop for all three stages: pretrain a source model, prune it, continue the training of the small model.
 
     python train.py config/toy_pretrain.py                     # a small Llama from scratch, on a laptop
-    python train.py config/toy_prune.py                        # learn what to keep, with DRPruning; cut it out
+    python train.py config/toy_prune.py                        # prune it by its activations, train the small model
+    python train.py config/toy_gates.py                        # or learn what to keep, as the paper does
     python train.py config/toy_continue.py --schedule=constant # train the small model on, with a fixed mixture
     python train.py --help                                     # all settings
 

@@ -1,12 +1,12 @@
 """Where will the loss end? Laws that predict it, tried on real loss histories at 25, 50 and 75 % of a run.
 
     python experiments/laws.py record --jobs 2      # constant runs of both stages, measured in more ways
-    python experiments/laws.py                      # every law on every history: docs/compare/laws.json and a table
+    python experiments/laws.py                      # every law on every history: docs/laws/laws.json and a table
 
-Needs the source models of experiments/compare.py. `record` runs the prune and continue stages of seed 0 at the skewed
-mixture and of seed 1 at the source's own, and at each evaluation writes down the loss of each validation window for
+Needs the source models of `experiments/compare.py toy`. `record` prunes with learned gates and trains on, seed 0 at the
+skewed mixture and seed 1 at the source's own. At each evaluation it writes down the loss of each validation window for
 the weights as they are and for an exponential moving average of them (over 5 % of the run). The other histories are
-those of `constant` and `full` that experiments/compare.py has left. Every law is told how many tokens of each domain
+those of `constant` and `paper` that experiments/compare.py has left. Every law is told how many tokens of each domain
 the run will have seen at its end: what is judged is the law, not the guess of the mixture.
 """
 
@@ -29,15 +29,15 @@ from scipy.special import huber, logsumexp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-from compare import OFF, SKEW, STAGES, rounded  # noqa: E402
+from compare import CASES, PAPER, pruned_of, source_of  # noqa: E402
 
-from plot import read_metrics  # noqa: E402
 from plumbing.command_line import Parser, user_errors  # noqa: E402
+from plumbing.metrics import read_metrics  # noqa: E402
 from scaling_law import FitError, fit_together  # noqa: E402
 from train import lr_scale  # noqa: E402
 
 OUT, COMPARE = Path("out/laws"), Path("out/compare")
-PARTS = ("skew", "own", "long", "languages")  # of experiments/compare.py: where both stages are
+STAGES = {"prune": "config/toy_gates.py", "continue": "config/toy_continue.py"}
 SHARES = (0.25, 0.5, 0.75)
 ANNEALING_MEMORY = 0.99
 HORIZONS = {"ema": 0.05}  # of the moving averages of the weights, in shares of the run
@@ -92,18 +92,15 @@ def watch(name: str, *command: str) -> None:
     train.main()
 
 
-def record(part: str, seed: int) -> None:
+def record(mixture: str, seed: int) -> None:
     """One prune and one continue run under `constant`."""
-    source = before = COMPARE / "source" / str(seed)
-    domains = json.loads((source / "metrics.jsonl").read_text().split("\n")[0])["domains"]
-    for stage in STAGES:
-        name = f"{stage}_{part}_{seed}"
+    source = before = source_of("toy", seed)
+    for stage, config in STAGES.items():
+        name = f"{stage}_{mixture}_{seed}"
         if not (OUT / name / "model").exists():
-            ratio = [f"--ratio={dict(zip(domains, SKEW, strict=True))}"] if part == "skew" else []
-            command = [
-                f"config/toy_{stage}.py", f"--init_from={before}", f"--reference_model={source}", f"--seed={seed}",
-                f"--out={OUT / name}", "--threads=1", "--resume=never", "--schedule=constant", *OFF, *ratio,
-            ]  # fmt: skip
+            settings = PAPER | {"schedule": "constant", "ratio": CASES["toy"].skew if mixture == "skewed" else {}}
+            settings |= {"init_from": before, "reference_model": source, "seed": seed, "out": OUT / name}
+            command = [config, "--threads=1", "--resume=never", *(f"--{key}={x}" for key, x in settings.items())]
             OUT.mkdir(parents=True, exist_ok=True)
             (OUT / f"{name}.jsonl").unlink(missing_ok=True)
             shutil.rmtree(OUT / name, ignore_errors=True)  # the averages are in no checkpoint: from the start again
@@ -270,11 +267,13 @@ def histories() -> list[tuple[str, History]]:
             windows = np.array([list(row[key].values()) for row in rows])  # (n, d, windows)
             for n in (16, WINDOWS):
                 found.append((f"{key}, {n} windows", replace(usual, losses=windows[..., :: WINDOWS // n].mean(-1))))
-    for path in sorted(p for part in PARTS for s in ("constant", "full") for p in (COMPARE / part).glob(f"{s}_[0-9]")):
-        if (path / "eval.json").exists():
-            prune = history(path / "prune")
-            found.append((path.parent.name, prune))
-            found.append((path.parent.name, replace(history(path / "continue"), before=prune.until(1))))
+    for path in sorted(p for schedule in ("constant", "paper") for p in COMPARE.glob(f"*/*/*/{schedule}/eval.json")):
+        name, seed, mixture, _ = path.parent.relative_to(COMPARE).parts
+        before = history(pruned_of(name, int(seed)))
+        found += [
+            (f"{name}, pruned", before),
+            (f"{name}, {mixture}", replace(history(path.parent), before=before.until(1))),
+        ]
     return found
 
 
@@ -291,7 +290,7 @@ def main():
             raise ValueError(f"no histories in {OUT} or {COMPARE}: run experiments/compare.py or `record` first")
     if args.what == "record":
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(record, ["skew", "own"], [0, 1]))
+            list(pool.map(record, ["skewed", "own"], [0, 1]))
         return
     results = {"command": "python experiments/laws.py", "unit": "nats per token, means over runs and domains"}
     for group, stage in itertools.product(dict.fromkeys(g for g, _ in found), ("prune", "continue")):
@@ -311,8 +310,14 @@ def main():
                 row[s] = {"error": np.abs(error).mean(), "of differences": np.abs(differences).mean()}
             cells = (f"{x['error']:.3f} ({x['of differences']:.3f})" for x in row.values())
             print(f"{name:40}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
-    Path("docs/compare").mkdir(exist_ok=True)
-    Path("docs/compare/laws.json").write_text(json.dumps(rounded(results), indent=1))
+    Path("docs/laws/laws.json").write_text(json.dumps(rounded(results), indent=1))
+
+
+def rounded(x):
+    """The same with numbers to five digits after the point."""
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    return round(x, 5) if isinstance(x, float) else x
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plumbing.metrics import read_metrics  # noqa: E402
-
 from plot import COLORS, STYLE, new_figure  # noqa: E402
+from plumbing.metrics import read_metrics  # noqa: E402
 
 OUT, DOCS = Path("out/pruning"), ROOT / "docs" / "pruning"
 CHOICES = ["random", "magnitude", "activation", "taylor"]
@@ -63,7 +62,7 @@ class Scale:
 
 SCALES = {
     "toy": Scale(
-        "config/toy_prune.py",
+        "config/toy_gates.py",
         "out/toy_pretrain",
         "data/demo",
         700,

@@ -4,7 +4,7 @@
     python experiments/tour.py --text    # the quotes and the notebook alone, in a second
 
 Each figure is one function. What it shows is computed by the functions that train, or was logged by a run of the demo.
-Chapters 1 to 3 repeat the demo's pruning on small batches, to look at every gate after every step (`gated_run`).
+Chapters 1 to 3 run config/toy_gates.py on small batches, to look at every gate after every step (`gated_run`).
 """
 
 import argparse
@@ -33,7 +33,7 @@ from dro import COLLECT_FROM, chi2, dro_weights, update_ratio  # noqa: E402
 from masks import HardConcrete, extract, kept_indices  # noqa: E402
 from plot import COLORS, NAMES, RAW, STYLE, entry, label_ends, running_mean, styles  # noqa: E402
 from plumbing import choices  # noqa: E402
-from plumbing.command_line import Parser, user_errors  # noqa: E402
+from plumbing.command_line import Parser, load, user_errors  # noqa: E402
 from plumbing.data import TokenData  # noqa: E402
 from plumbing.metrics import read_metrics, series  # noqa: E402
 from plumbing.settings import Settings  # noqa: E402
@@ -60,7 +60,7 @@ def settings_of(run: Path) -> Settings:
 
 @cache
 def gated_run(**changed) -> tuple[Settings, list[dict], torch.nn.Module, torch.nn.Module]:
-    """The demo's pruning run once more, up to its cut, on batches of 256 tokens and with some settings changed.
+    """config/toy_gates.py up to its cut, on batches of 256 tokens and with some settings changed.
 
     Returns its settings; of each step a sample of the gates, what is `left` of each structure, and the `stats` of the
     constraint; and the model and its gates just before the choice was fixed."""
@@ -69,7 +69,7 @@ def gated_run(**changed) -> tuple[Settings, list[dict], torch.nn.Module, torch.n
     quiet = {"eval_interval": never, "log_interval": never, "save_interval": never, "resume": "never"}
     steps, before = [], []
     with TemporaryDirectory() as out, redirect_stdout(io.StringIO()):
-        s = replace(settings_of(PRUNE), **small, **quiet, out=out, **changed)
+        s = replace(load(Settings, [str(ROOT / "config/toy_gates.py")]), **small, **quiet, out=out, **changed)
         trainer, run, log, _ = train.set_up(s)
         masks = trainer.masks
 
@@ -91,7 +91,7 @@ def gated_run(**changed) -> tuple[Settings, list[dict], torch.nn.Module, torch.n
 
 @matplotlib.rc_context(LOOK)
 def gate() -> Figure:
-    """Chapter 1: three distributions of a gate, and how gates of the demo settle."""
+    """Chapter 1: three distributions of a gate, and how gates settle."""
     fig = Figure(figsize=(9, 6.6), layout="constrained")
     axes = fig.subplot_mosaic([["a", "a", "b", "b", "c", "c"], ["head"] * 3 + ["hidden"] * 3], height_ratios=(1, 1.2))
     u = (torch.arange(100_000) + 0.5) / 100_000
@@ -310,7 +310,7 @@ def law(run: Path = CONTINUE) -> Figure:
 @matplotlib.rc_context(LOOK)
 def steering() -> Figure:
     """Chapter 6: the demo's skewed mixture under the robust schedule, and beside it under `constant`."""
-    runs = {"robust (dro)": read_metrics(CONTINUE), "constant": read_metrics(CONSTANT)}
+    runs = {"DRPruning": read_metrics(CONTINUE), "constant mixture": read_metrics(CONSTANT)}
     source = read_metrics(SOURCE).end["loss"]
     fig, grid = figure(9, 3, 2, sharex=True, sharey="row")
     domains = runs["constant"].domains
@@ -336,7 +336,7 @@ def steering() -> Figure:
     for ax, row in zip(grid[:, 1], rows):
         ax.set_xlim(0, tokens[-1])
         label_ends(ax, {d: y[-1] for d, y in row.items()}, {d: d for d in domains}, look, size=12.5)
-    text = ", ".join(f"{x:+.2f} ({name})" for name, x in worst.items())
+    text = ", ".join(f"{x:+.2f} ({name})" for name, x in worst.items()).replace("-", "−")
     fig.suptitle(f"Worst domain, above the source: {text}", x=0.01, ha="left")
     return fig
 
@@ -354,13 +354,11 @@ def dots(ax, rows: dict[str, list[float]], colors) -> None:
 def gained(docs: Path = ROOT / "docs") -> Figure:
     """Chapter 7: schedules, choices of what to keep, and a real model. A panel for each result that there is."""
     panels = {}
-    part = json.loads((docs / "compare/tempered/results.json").read_text())["skew"]
-    names = {"constant": "constant", "sheared": "Sheared LLaMA's", "dro": "fixed references", "full": "full method"}
-    names["full, tempered"] = "full, ρ 1, tempered"
+    part = json.loads((docs / "compare/results.json").read_text())["toy"]["skewed"]
+    names = {"constant": "constant", "sheared": "Sheared LLaMA's", "paper": "the paper's", "even": "the demo's"}
     for title, measure in (("toy, skewed: worst domain", "worst"), ("toy, skewed: average", "average")):
-        rows = {name: part[key][f"{measure} degradation"]["values"] for key, name in names.items()}
-        panels[title] = rows, (BLACK, SKY, YELLOW, BLUE, GREEN)
-    if (file := docs / "pruning/results_700.json").exists():
+        panels[title] = {name: part[key][measure] for key, name in names.items()}, (BLACK, SKY, BLUE, GREEN)
+    if (file := docs / "pruning/toy.json").exists():
         result = json.loads(file.read_text())
         rows = {row: [x - result["source"] for x in values] for row, values in result["losses"].items()}
         rows = dict(sorted(rows.items(), key=lambda item: np.mean(item[1])))

@@ -1,9 +1,8 @@
 """experiments/: every chain is planned once, differences are paired as scipy pairs them, languages come through."""
 
-import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -26,71 +25,103 @@ sys.path.append(str(ROOT / "experiments"))
 import compare  # noqa: E402
 import languages  # noqa: E402
 import laws  # noqa: E402
+import pruning  # noqa: E402
 
 
-def test_every_chain_has_a_place_of_its_own():
-    chains = compare.plan(list(compare.PARTS), 5, list(compare.SCHEDULES))
-    again = [c for c in chains if c.base and c.schedule == "constant"]
-    assert {c.path for c in again} == {c.base.path for c in again}  # which has pruned the model, and went on
-    assert len({c.path for c in chains}) == len(chains) - len(again)
-    settings = {c.setting for c in chains if c.part == "ablation"}
-    assert len(settings) == sum(map(len, compare.ABLATIONS.values()))
-    assert [c.part for c in chains] == sorted((c.part for c in chains), key=list(compare.PARTS).index)
-    assert {c.seed for c in chains if c.part == "skew"} == set(range(5))
-
-
-def test_every_run_of_a_chain_is_one_that_train_py_takes(monkeypatch, tmp_path):
-    """The settings of each stage: equal but for the schedule, the mixture skewed where it is said to be."""
+def test_runs_of_a_case_differ_in_their_schedule_alone(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(compare, "OUT", tmp_path)
-    commands, domains = [], [f"domain{i}" for i in range(7)]
+    commands = []
     monkeypatch.setattr(compare, "call", lambda *command: commands.append([str(word) for word in command]))
-    monkeypatch.setattr(compare, "PARTS", {"skew": compare.PARTS["skew"], "own": compare.PARTS["own"]})
-    mixture = {d: 10 + i for i, d in enumerate(domains)}
-    for path in ("source/0", *(f"{part}/dro_0/{stage}" for part in compare.PARTS for stage in compare.STAGES)):
-        (tmp_path / path).mkdir(parents=True)
-        lines = (
-            {"type": "run", "domains": domains, "stage": "pretrain", "steps": 1, "tokens_per_step": 1},
-            {"type": "eval", "step": 1, "tokens": 1, "loss": {}, "domain_tokens": mixture},
-        )
-        (tmp_path / path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for chain in compare.plan(["skew", "own"], 1, list(compare.SCHEDULES)):
-        commands.clear()
-        compare.run(chain, 1.0)
-        asked = ["eval.py"] * (chain.schedule in compare.ASKED)  # two-choice questions
-        assert [c[0] for c in commands] == ["train.py", "train.py", *asked, "eval.py"]
-        prune, after = (load(Settings, command[1:]) for command in commands[:2])
-        assert (prune.steps, after.steps, prune.eval_interval) == (400, 300, 16)
-        assert prune.init_from == str(tmp_path / "source/0") and after.init_from == prune.out
-        shares = {"uniform": [1.0] * 7, "mean": list(mixture.values())}
-        expected = shares.get(chain.schedule, list(compare.SKEW.values()) if chain.part == "skew" else [])
-        for s in (prune, after):
-            assert list(s.ratio.values()) == expected and s.reference_model == prune.init_from
-            assert s.schedule == ("dro" if chain.label.startswith(("dro", "full")) else
-                                  "sheared" if chain.label == "sheared" else "constant")  # fmt: skip
-            assert s.dynamic_reference == (chain.label.startswith("full") or chain.label == "dro + reference")
-            assert s.dynamic_ratio == (chain.label.startswith("full") or chain.label == "dro + ratio")
-            robust = {"full, rho 0.5": (0.5, 0), "full, tempered": (1, 0.01)}.get(chain.label, (0.1, 0))
-            assert s.schedule != "dro" or (s.rho, s.temperature) == robust
+    for mixture in compare.MIXTURES:
+        runs = {}
+        for schedule in [*compare.SCHEDULES, "--schedule=dro --rho=0.7"]:
+            commands.clear()
+            compare.judge("toy", 3, mixture, schedule)
+            asked = ["eval.py"] * (schedule in compare.ASKED)  # two-choice questions
+            assert [command[0] for command in commands] == ["train.py", "eval.py", *asked]
+            runs[schedule] = asdict(load(Settings, commands[0][1:]))
+        assert len({run["out"] for run in runs.values()}) == len(runs)
+        begins = "source" if mixture == "skewed, pruning too" else "pruned"
+        for schedule, run in runs.items():
+            changed = {key for key in run if run[key] != runs["constant"][key]}
+            given = {word.split("=")[0].strip("-") for word in schedule.split()} | {"schedule", "ratio"}
+            assert changed <= {"out"} | set(compare.SCHEDULES.get(schedule, {})) | given, (mixture, schedule)
+            assert run["seed"] == 3 and run["init_from"] == str(tmp_path / "toy/3" / begins)
+            shares = {"uniform": [1] * 7, "own": []}.get(schedule if schedule == "uniform" else mixture, compare.SHARES)
+            assert sorted(run["ratio"].values()) == sorted(shares)
+            assert run["reference_model"] == str(tmp_path / "toy/3/source") and run["law"] == "rate"
+        paper, even = runs["paper"], runs["even"]
+        assert (paper["rho"], paper["temperature"], paper["bound"], paper["delta"]) == (0.1, 0, 2, 0.1)
+        assert paper["dynamic_reference"] and paper["dynamic_ratio"] and not even["dynamic_reference"]
 
 
-def test_what_is_known_is_not_run_again_but_what_another_needs_is(monkeypatch, tmp_path):
-    """`mean` needs the mixture that `dro` drew, `recovery` the model that `constant` has pruned."""
+def test_seeds_have_their_own_source_and_what_is_done_is_not_done_again(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(compare, "OUT", tmp_path)
-    for name, part in compare.PARTS.items():
-        monkeypatch.setitem(compare.PARTS, name, replace(part, data=str(tmp_path)))
-    (tmp_path / "meta.json").write_text("{}")
-    sources, ran = [], []
-    monkeypatch.setattr(compare, "train_source", lambda path, *others: sources.append(path))
-    monkeypatch.setattr(compare, "run", lambda chain, scale: ran.append((chain.part, chain.schedule)))
-    known = {("own", "dro", 0): {}, ("own", "uniform", 0): {}, ("skew", "constant", 0): {}}
-    given = {"scale": 1, "jobs": 1, "seeds": 1}
-    compare.run_all(argparse.Namespace(parts=["own"], schedules=["dro", "uniform", "mean"], **given), known)
-    assert ran == [("own", "dro"), ("own", "mean")] and sources == [tmp_path / "source/0"]
-    ran.clear()
-    compare.run_all(argparse.Namespace(parts=["recovery"], schedules=["sheared"], **given), known)
-    assert ran == [("skew", "constant"), ("recovery", "sheared")]
+    done = []
+
+    def pretend(*command):
+        done.append(command)
+        made = next((word for word in map(str, command) if word.startswith("--out=")), None)
+        file = Path(made.removeprefix("--out="), "model") if made else Path(command[-1])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+    monkeypatch.setattr(compare, "call", pretend)
+    arguments = ("toy", range(1, 3), ["skewed"], ["constant", "dro"], 1)
+    compare.run_all(*arguments)
+    trained = [str(word) for command in done for word in command if command[0] == "train.py" and "--out=" in str(word)]
+    ends = ["source", "pruned", "skewed/constant", "skewed/dro"]
+    assert sorted(trained) == sorted(f"--out={tmp_path}/toy/{seed}/{end}" for seed in (1, 2) for end in ends)
+    number = len(done)
+    compare.run_all(*arguments)
+    assert [command[0] for command in done[number:]] in ([], ["prepare_data.py"])  # where data/demo is not there
+
+
+def test_what_a_run_is_judged_by(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "OUT", tmp_path)
+    domains, rng = list("abc"), np.random.default_rng(1)
+    source, pruned, loss, reference, val = rng.uniform(1, 2, (5, 3))
+
+    def write(file, **models):
+        rows = {name: {"domains": {d: {"loss": x} for d, x in zip(domains, v)}} for name, v in models.items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"models": rows}))
+
+    out = compare.run_of("toy", 0, "skewed", "even")
+    write(compare.pruned_of("toy", 0) / "eval.json", source=source, pruned=pruned)
+    write(out / "eval.json", run=loss)
+    by_domain = lambda values: dict(zip(domains, values))  # noqa: E731
+    lines = [{"type": "run", "domains": domains, "stage": "continue", "steps": 20, "tokens_per_step": 100}]
+    for step, references, drawn in ((0, reference, [0, 0, 0]), (20, val, [1, 3, 4])):
+        line = {"loss": val, "reference": references, "domain_tokens": drawn}
+        lines.append(
+            {"type": "eval", "step": step, "tokens": sum(drawn)}
+            | {key: by_domain(values) for key, values in line.items()}
+        )
+    lines.append({"type": "end", "step": 20, "loss": by_domain(val)})
+    (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    answers = {"domains": {d: {"accuracy": 0.5 + i / 20, "standard_error": 0.03} for i, d in enumerate(domains)}}
+    answers["average"] = {"accuracy": 0.6, "standard_error": 0.01}
+    (out / "answers.json").write_text(json.dumps({"models": {"run": answers}}))
+    found, worse = compare.measures("toy", 0, "skewed", "even"), loss - source
+    assert found["average"] == pytest.approx(worse.mean(), abs=1e-5)
+    expected = {
+        "worst": worse.max(),
+        "degradation, b": worse[1],
+        "spread over domains": worse.std(),
+        "worst of the pruned model": (pruned - source).max(),
+        "worst, validation": (val - reference).max(),  # the references of the start
+        "share of the tokens, c": 0.5,
+        "right answers, b": 0.55,
+    }
+    assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
+    row = {"seeds": [0]} | {key: [x] for key, x in found.items()}
+    assert compare.collect("toy", ["constant", "even"]) == {"skewed": {"even": row}}
+    table = compare.answers_table({"even": row}).splitlines()
+    assert table[0] == "| | a | b | c | average |"
+    assert table[2] == "| even | 50.0 ± 3.0 | 55.0 ± 3.0 | 60.0 ± 3.0 | 60.0 ± 1.0 |"
 
 
 def test_numbers_of_the_tables():
@@ -99,106 +130,22 @@ def test_numbers_of_the_tables():
 
 
 def test_differences_are_paired_by_seed():
+    """As scipy pairs them; bold is what is lower in every seed that both have."""
     rng = np.random.default_rng(0)
-    mine, other = rng.normal(1, 0.1, 5), rng.normal(1.2, 0.1, 5)
-    rows = [
-        {seed: {"x": values[seed]} for seed in order} for values, order in ((mine, [4, 2, 0, 3]), (other, range(5)))
-    ]
-    rows[0][4]["x"] = None  # never reached: this seed counts for neither
-    found, both = compare.compared(*rows, "x"), [0, 2, 3]
-    assert found["p"] == pytest.approx(stats.ttest_1samp((mine - other)[both], 0).pvalue)
-    assert found["mean"] == pytest.approx((mine - other)[both].mean())
-    assert found["sd"] == pytest.approx(stats.tstd((mine - other)[both]))
-    assert found["lower in"] == f"{sum(mine[both] < other[both])} of 3"
-    assert compare.compared({0: {"x": 1.0}}, {0: {"x": 2.0}}, "x") is None
-
-
-def test_what_a_chain_is_judged_by(monkeypatch, tmp_path, tiny_data):
-    """Degradation, the worst mixture by a general solver, the share of time, tokens until `constant` is reached."""
-    data, n = TokenData(tiny_data), len(TokenData(tiny_data).domains)
-    monkeypatch.setattr(compare, "OUT", tmp_path)
-    monkeypatch.setitem(compare.PARTS, "skew", compare.Part(["constant", "full"], 1, None, data=str(tiny_data)))
-    rng, chains = np.random.default_rng(1), {s: compare.Chain("skew", s, 0) for s in ("constant", "full")}
-    losses = {"source": rng.uniform(1, 2, n)}
-    losses |= {(s, stage): losses["source"] + rng.uniform(0, 1, n) for s in chains for stage in compare.STAGES}
-
-    def row(values):
-        return {"domains": {d: {"loss": x, "bits_per_byte": 2 * x} for d, x in zip(data.domains, values)}}
-
-    def by_domain(values):
-        return dict(zip(data.domains, values))
-
-    def write(path, evals, end):
-        info = {"type": "run", "domains": data.domains, "stage": "pretrain", "steps": 30, "tokens_per_step": 100}
-        lines = [info, *evals, {"type": "end", "step": 30, "loss": by_domain(end)}]
-        path.mkdir(parents=True)
-        (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        timings = [{"step": 10, "seconds": 6.0, "tokens_per_second": 500}]  # 2 seconds of training
-        timings += [{"step": 30, "seconds": 20.0, "tokens_per_second": 250}]  # 8 more
-        (path / "timings.jsonl").write_text("\n".join(map(json.dumps, timings)))
-
-    first = {"type": "eval", "step": 0, "tokens": 0, "loss": by_domain(losses["source"])}
-    write(tmp_path / "source/0", [first], losses["source"])
-    (tmp_path / "source/0/eval.json").write_text(json.dumps({"models": {"a": row(losses["source"])}}))
-    curves = {"constant": [1.0, 0.5, 0.3], "full": [1.0, 0.3, 0.1]}  # above the source, every 1000 tokens
-    for s, chain in chains.items():
-        evals = [
-            {
-                "type": "eval",
-                "step": 10 * i,
-                "tokens": 1000 * i,
-                "loss": by_domain(losses["source"] + x),
-                "domain_tokens": by_domain((i * np.arange(n)).tolist()),
-            }
-            for i, x in enumerate(curves[s])
-        ]
-        write(chain.models[1], evals, losses["source"])
-        models = {stage: row(losses[s, stage]) for stage in compare.STAGES}
-        chain.result.write_text(json.dumps({"models": models}))
-        answered = {
-            "domains": {d: {"accuracy": 0.5 + i / 20, "standard_error": 0.03} for i, d in enumerate(data.domains)},
-            "average": {"accuracy": 0.6, "standard_error": 0.01},
-        }
-        chain.answers.write_text(json.dumps({"models": {"continue": answered}}))
-    found, worse = compare.measures(chains["full"]), losses["full", "continue"] - losses["source"]
-    assert found["average degradation"] == pytest.approx(worse.mean())
-    assert found["worst degradation"] == pytest.approx(worse.max())
-    assert found["sd of degradation"] == pytest.approx(worse.std())
-    assert found["worst degradation, pruned"] == pytest.approx((losses["full", "prune"] - losses["source"]).max())
-    assert found["average bits per byte"] == pytest.approx(2 * losses["full", "continue"].mean())
-    assert found["share of the time for evaluations and schedule"] == pytest.approx(0.5)
-    assert found[f"true continuations, {data.domains[1]}"] == 0.55
-    shares = [found[f"share of the tokens, {d}"] for d in data.domains]
-    assert shares == pytest.approx(np.arange(n) / np.arange(n).sum())
-    natural = np.array([data.tokens(d, "train").size for d in data.domains], float)
-    natural /= natural.sum()
-    for rho in compare.RHOS:
-        limit = {"type": "ineq", "fun": lambda q, rho=rho: rho - 0.5 * np.sum(natural * (q / natural - 1) ** 2)}
-        worst = minimize(
-            lambda q: -q @ losses["full", "continue"], natural, bounds=[(0, 1)] * n, method="SLSQP",
-            options={"ftol": 1e-12}, constraints=[{"type": "eq", "fun": lambda q: q.sum() - 1}, limit],
-        )  # fmt: skip
-        assert found[f"loss under the worst mixture, rho {rho}"] == pytest.approx(-worst.fun, abs=1e-5)
-    reached = compare.recovery(chains["full"])
-    assert set(reached.values()) == {1000} and set(compare.recovery(chains["constant"]).values()) == {2000}
-    before = compare.report(list(chains.values()))
-    row = before["skew"]["full"]["worst degradation"]
-    assert row["values"] == [pytest.approx(worse.max())] and row["sd"] is None and row["minus constant"] is None
-
-    table = compare.answers_table(before["skew"]).splitlines()
-    assert table[0] == f"| | {' | '.join(data.domains)} | average |"
-    assert table[2].startswith("| constant | 50.0 ± 3.0 | 55.0 ± 3.0 |") and len(table) == 4
-
-    # on another machine: what is not here is as it was, what is here is measured again
-    was = json.loads(json.dumps(before))
-    before["skew"]["constant"]["worst degradation"]["values"] = [9.0]
-    chains["full"].result.unlink()
-    assert "full" not in compare.report(list(chains.values()))["skew"]
-    kept = compare.report(list(chains.values()), before)["skew"]
-    assert kept == was["skew"]
-    before["skew"]["full"]["average loss"]["values"][0] += 0.01  # which cannot be if the source is the same
-    with pytest.raises(ValueError, match="skew, seed 0: .* another source model"):
-        compare.report(list(chains.values()), before)
+    sheared, even = rng.normal(1.2, 0.1, (2, 5)), rng.normal(1, 0.1, (2, 4))
+    even[1] = sheared[1, :4] - [0.1, 0.2, -0.01, 0.1]  # one seed is not lower
+    rows = {
+        "sheared": {"seeds": [0, 1, 2, 3, 4], "average": [*sheared[0]], "worst": [*sheared[1]]},
+        "even": {"seeds": [3, 2, 1, 0], "average": [*even[0, ::-1]], "worst": [*even[1, ::-1]]},
+    }
+    even[0] = np.minimum(even[0], sheared[0, :4] - 0.01)
+    rows["even"]["average"] = [*even[0, ::-1]]
+    line = compare.table({"skewed": rows}).splitlines()[3]
+    p = stats.ttest_rel(even[1], sheared[1, :4]).pvalue
+    average, worst, difference, seeds = line.strip("| ").split(" | ")[1:]
+    assert average == f"**{compare.three(even[0].mean())} ± {compare.three(even[0].std(ddof=1))}**"
+    assert worst == f"{compare.three(even[1].mean())} ± {compare.three(even[1].std(ddof=1))}"
+    assert difference == f"{compare.three((even[1] - sheared[1, :4]).mean())} (p {p:.1g})" and seeds == "4"
 
 
 def alone(name, *args):
@@ -215,23 +162,29 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path, capsys):
     for name in ("OUT", "DOCS"):  # which the command changes
         monkeypatch.setattr(compare, name, getattr(compare, name))
     for args, words in (
-        (["--data", tmp_path / "none"], "no data set there"),
-        (["--part", "skew", "--seed", "x"], "--seeds: invalid int value"),
-        (["--report", "--scale", "0.123"], "nothing in out/compare_0.123 is done"),
+        (["toy", "--data", tmp_path / "none"], "no data set there"),
+        (["toy", "--seeds", "x"], "--seeds: invalid int value"),
+        (["toy", "--schedules", "--schedule=fast"], "schedule"),
+        ([], "which case?"),
     ):
         assert call(monkeypatch, compare.main, "compare.py", *args) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
-    ended = fresh(alone, "experiments/compare.py", "--jobs", "0")
+    monkeypatch.setattr(compare, "OUT", tmp_path)
+    with pytest.raises(ValueError, match="nothing in .* is done"):
+        compare.report(["constant"])
+    ended = fresh(alone, "experiments/compare.py", "toy", "--jobs", "0")
     assert ended.returncode == 2 and "must be above 0" in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
 
 
-@pytest.mark.parametrize("where", ["docs/compare", "docs/compare/tempered"])
-def test_the_tables_in_the_docs_are_what_was_measured(where):
-    results = json.loads((ROOT / where / "results.json").read_text())
+def test_the_tables_in_the_docs_are_what_was_measured():
+    results = json.loads((ROOT / "docs/compare/results.json").read_text())
     text = (ROOT / "docs/comparison.md").read_text()
-    assert compare.overview({part: rows for part, rows in results.items() if part != "command"}) in text
-    assert where != "docs/compare" or compare.answers_table(results["skew"]) in text
+    for name in results.keys() - {"command"}:
+        assert compare.table(results[name]) in text, name
+    for scale in ("toy",):
+        measured = json.loads((ROOT / f"docs/pruning/{scale}.json").read_text())
+        assert pruning.table(measured) in (ROOT / "docs/pruning.md").read_text(), scale
 
 
 def test_a_law_sees_only_what_was_known(monkeypatch):

@@ -304,8 +304,8 @@ def test_no_step_waits_for_the_device_or_compiles_again(name, options, on_meta, 
         steps.trainer.meter.check(["a", "b", "c"])
 
     torch.compiler.reset()
-    counter, compile = CompileCounter(), Layer.compile
-    monkeypatch.setattr(Layer, "compile", lambda layer: compile(layer, backend=counter))
+    counter, compile_layer = CompileCounter(), Layer.compile
+    monkeypatch.setattr(Layer, "compile", lambda layer: compile_layer(layer, backend=counter))
     monkeypatch.setattr(parallel, "make_model", partial(parallel.make_model, compiled=True))
     steps = NoValues(s, source, n_steps, lambda: counter.frame_count)
     assert steps.found == ([0, 1, 1, 2, 2] if options else [0, 1, 1])
