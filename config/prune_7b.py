@@ -7,8 +7,8 @@ shard_gradients = True. Look before you rent:
 
     python train.py config/prune_7b.py --dry_run --world_size=8 --gpu=h100
 
-Then continue_1.3b.py: 50B tokens. These are the paper's two stages; docs/pruning.md has the alternative: one run, with a
-choice by activations or with gates that settle.
+Then continue_1.3b.py: 50B tokens. These are the paper's two stages. docs/pruning.md has the alternative, one run with
+a choice by activations or with gates that settle.
 """
 
 base = "slimpajama.py"

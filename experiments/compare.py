@@ -210,10 +210,10 @@ def measures(name: str, seed: int, mixture: str, schedule: str) -> dict[str, flo
     out = run_of(name, seed, mixture, schedule)
     source, pruned = losses_in(pruned_of(name, seed) / "eval.json")
     [loss] = losses_in(out / "eval.json")
-    worse = np.array([loss[d] - source[d] for d in source])
     run = read_metrics(out)
     drawn, reference = run.evals[-1]["domain_tokens"], run.evals[0]["reference"]
     on_validation = np.array([run.end["loss"][d] - reference[d] for d in source])
+    worse = np.array([loss[d] - source[d] for d in source])
     found = {
         "average": worse.mean(),
         "worst": worse.max(),
@@ -340,8 +340,9 @@ def report(schedules: list[str]) -> None:
     text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per measure
     (DOCS / "results.json").write_text(text + "\n")
     (DOCS / "tables.md").write_text("\n\n".join(parts) + "\n")
-    with matplotlib.rc_context(STYLE):
-        figure(results).savefig(DOCS / "compare.png")
+    if any("constant" in rows for mixtures in results.values() for rows in mixtures.values()):
+        with matplotlib.rc_context(STYLE):
+            figure(results).savefig(DOCS / "compare.png")
 
 
 def main():

@@ -313,7 +313,7 @@ def steering() -> Figure:
     runs = {"DRPruning": read_metrics(CONTINUE), "constant mixture": read_metrics(CONSTANT)}
     source = read_metrics(SOURCE).end["loss"]
     fig, grid = figure(9, 3, 2, sharex=True, sharey="row")
-    domains = runs["constant"].domains
+    domains = runs["constant mixture"].domains
     look, worst = styles(domains), {}
     for (name, run), axes in zip(runs.items(), grid.T):
         tokens = series(run.evals, "tokens") / 1000

@@ -63,10 +63,11 @@ def test_seeds_have_their_own_source_and_what_is_done_is_not_done_again(monkeypa
 
     def pretend(*command):
         done.append(command)
-        made = next((word for word in map(str, command) if word.startswith("--out=")), None)
-        file = Path(made.removeprefix("--out="), "model") if made else Path(command[-1])
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        words = [str(word) for word in command]
+        files = [Path(word.removeprefix("--out="), "model") for word in words if word.startswith("--out=")]
+        for file in files + [Path(words[-1])] * ("--json" in words):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
 
     monkeypatch.setattr(compare, "call", pretend)
     arguments = ("toy", range(1, 3), ["skewed"], ["constant", "dro"], 1)
