@@ -277,7 +277,7 @@ def bench_checkpoint(table: Table, args) -> None:
         functions = {
             "save": lambda: (checkpoint.save(tree, optimizer, new(ours)), flush(ours)),
             "write": lambda: ((new(plain) / "bytes").write_bytes(content), flush(plain)),
-            "load": lambda: checkpoint.load(tree, optimizer, ours),
+            "load": lambda: checkpoint.load(tree, ours, optimizer),
             "read": lambda: (plain / "bytes").read_bytes(),
         }
         seconds = take_turns(functions, rounds=10)
