@@ -4,22 +4,11 @@ The gates learn for 200 steps while their noise fades out. Then the choice is fi
 kept fades out. The small model is cut out, and the same run trains it on. docs/pruning.md compares this with others.
 """
 
+base = "toy_prune.py"
 out = "out/toy_gates"
-data = "data/demo"
 
-init_from = "out/toy_pretrain"
-target_n_layer = 4
-target_d_model = 96
-target_n_head = 3
-target_d_ffn = 256
-
-steps = 700
-batch_size = 8
+gates = "learned"
 gate_samples = 4
-seq_len = 256
-lr = 2e-3
-warmup = 41
-
 sparsity_warmup = 100
 noise_from = 70
 noise_to = 180
@@ -29,12 +18,3 @@ gate_lr = 1.0  # the paper's; log_alpha must travel 9.2, from its upper clamp to
 multiplier_lr = 1.0  # the paper's
 log_alpha = 3.0  # a short run starts below the upper clamp (4.6) and with a phi above 0,
 phi = 200.0  # otherwise the constraint would not reach its targets in time
-
-schedule = "dro"
-dynamic_reference = True
-dynamic_ratio = True
-reference_model = "out/toy_pretrain"
-
-eval_interval = 25
-eval_sequences = 16
-save_interval = 100

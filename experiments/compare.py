@@ -173,6 +173,8 @@ def settings_of(schedule: str) -> dict:
     """The settings of a schedule by its name, or those that stand in its place: "--schedule=dro --rho=1"."""
     if schedule in SCHEDULES:
         return SCHEDULES[schedule]
+    if wrong := [word for word in schedule.split() if not re.fullmatch(r"--\w+=.+", word)]:
+        raise ValueError(f"--schedules: '{wrong[0]}' is neither the name of a schedule nor --setting=value")
     return dict(word.removeprefix("--").split("=", 1) for word in schedule.split())
 
 
@@ -363,11 +365,10 @@ def main():
         first, last = (seeds[0], seeds[1]) if len(seeds) == 2 else (0, seeds[0] - 1)
         if len(seeds) > 2 or not 0 <= first <= last or args.jobs < 1:
             raise ValueError("--seeds and --jobs must be above 0")
-        if not args.case and not args.report:
+        if not args.case and (args.data or not args.report):
             raise ValueError(f"which case? One of {', '.join(CASES)}, or --report")
         for schedule in args.schedules:
-            if schedule not in SCHEDULES:
-                load(Settings, ["config/toy_continue.py", *schedule.split()])
+            load(Settings, [CASES["toy"].configs[1], *(f"--{k}={v}" for k, v in settings_of(schedule).items())])
         if args.data:
             given = load(Settings, [CASES[args.case].configs[1], f"--data={args.data}", f"--ratio={args.ratio}"])
             domains = TokenData(given.data).domains

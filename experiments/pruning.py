@@ -76,7 +76,10 @@ SCALES = {
         "SmolLM2-135M",
         "data/smollm2",
         200,
-        {"n_layer": 24, "d_model": 480, "n_head": 6, "n_kv_head": 2, "head_dim": 64, "d_ffn": 1152},
+        {
+            **{"n_layer": 24, "d_model": 480, "n_head": 6, "n_kv_head": 2, "head_dim": 64, "d_ffn": 1152},
+            "tie_embeddings": True,
+        },
         1e-3,
         8,
         32,

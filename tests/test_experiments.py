@@ -166,6 +166,9 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path, capsys):
         (["toy", "--data", tmp_path / "none"], "no data set there"),
         (["toy", "--seeds", "x"], "--seeds: invalid int value"),
         (["toy", "--schedules", "--schedule=fast"], "schedule"),
+        (["toy", "--schedules", "--schedule dro"], "neither the name of a schedule nor --setting=value"),
+        (["toy", "--schedules", "fast"], "neither the name of a schedule nor --setting=value"),
+        (["--report", "--data", "data/mine"], "which case?"),
         ([], "which case?"),
     ):
         assert call(monkeypatch, compare.main, "compare.py", *args) == 2
