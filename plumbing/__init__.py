@@ -27,6 +27,7 @@ checkpoint    the tensors of a checkpoint on disk
 checksums     of the files of a directory: damage is seen when they are read
 run           a run's directory, and how it survives anything
 log           the lines of metrics.jsonl, and what is printed
+metrics       what metrics.jsonl says of a run, read again
 cost          the dry run: what a run will need
 continuation  two-choice questions on text
 tables        the tables that eval.py prints
