@@ -100,7 +100,7 @@ def load(tree: nn.Module, path: Path, optimizer: torch.optim.AdamW | None = None
     for parameter in tree.parameters() if optimizer is not None else ():
         if not parameter.requires_grad:
             continue  # the gates of a choice that is not learned
-        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        moments = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=local(parameter).device), **moments}
     for kind, tensors in tensors_of(tree, optimizer).items():
         checksums.check(path, f"{kind}-*")
@@ -113,35 +113,36 @@ def load(tree: nn.Module, path: Path, optimizer: torch.optim.AdamW | None = None
 def open_tensors(path: Path, kind: str, shapes: dict[str, tuple[int, ...]]) -> Callable[[str, slice], Tensor]:
     """Open the files of one kind: read(name, rows) gives rows of a tensor. Only headers are read here. ValueError
     unless the files hold all rows of the tensors with these shapes, each once, in float32, and no other tensors."""
-    places = {name: [] for name in shapes}  # name -> (first row, number of rows, file) of each part
+    places = {name: [] for name in shapes}  # name -> (first row, number of rows, open file) of each part
     for file in sorted(path.glob(f"{kind}-*.safetensors")):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                text = (tensors.metadata() or {}).get(FIRST_ROWS, "")
-                first = records.parse(text.encode(), records.FirstRows, f"{file}: {FIRST_ROWS} in its header")
-                for name in tensors.keys():
-                    part = tensors.get_slice(name)
-                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                    known = name in shapes and name in first
-                    if not known or dtype != "F32" or not shape or shape[1:] != shapes[name][1:]:
-                        raise ValueError(f"{file}: {name}, {dtype} {shape}, does not belong to this run")
-                    places[name].append((first[name], shape[0], file))
+            tensors = safe_open(file, framework="pt")  # it stays open as long as `read`: for each tensor anew is slow
+            text = (tensors.metadata() or {}).get(FIRST_ROWS, "")
+            first = records.parse(text.encode(), records.FirstRows, f"{file}: {FIRST_ROWS} in its header")
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                known = name in shapes and name in first
+                if not known or dtype != "F32" or not shape or shape[1:] != shapes[name][1:]:
+                    raise ValueError(f"{file}: {name}, {dtype} {shape}, does not belong to this run")
+                places[name].append((first[name], shape[0], tensors))
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged: {error}") from None
     for name, parts in places.items():
+        parts.sort(key=lambda part: part[:2])
         end = 0
-        for start, n, _ in sorted(parts):
+        for start, n, _ in parts:
             end = end + n if start == end else -1
         if end != shapes[name][0]:
             raise ValueError(f"{path}: {kind}-*.safetensors have not all {shapes[name][0]} rows of {name}, each once")
 
     def read(name: str, rows: slice) -> Tensor:
         low, high, _ = rows.indices(shapes[name][0])
-        found = [torch.empty(0, *shapes[name][1:])]
-        for start, n, file in sorted(places[name]):
-            if low < start + n and start < high:
-                with safe_open(file, framework="pt") as tensors:
-                    found.append(tensors.get_slice(name)[max(low - start, 0) : high - start])
-        return torch.cat(found)
+        parts = [
+            tensors.get_slice(name)[max(low - start, 0) : high - start]
+            for start, n, tensors in places[name]
+            if low < start + n and start < high
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, *shapes[name][1:]), *parts])
 
     return read
