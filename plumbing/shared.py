@@ -71,7 +71,10 @@ class SharedText:
 
     def _merge(self):
         """Make each list of arrays one array, that of train sorted."""
-        self.train = [np.sort(self._in_sample(np.concatenate(self.train)))]
+        train, self.train = np.concatenate(self.train), []  # what is not needed any more makes room
+        train = self._in_sample(train)
+        train.sort()
+        self.train = [train]
         for domain, arrays in self.held_out.items():
             self.held_out[domain] = [self._in_sample(np.concatenate(arrays))]
         self.count = sum(len(array) for arrays in (self.train, *self.held_out.values()) for array in arrays)
