@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from dro import Mixture, Point
 from eval import domain_losses
-from masks import PruningMasks, extract
+from masks import LOG_ALPHA_MAX, PruningMasks, extract
 from model import Gates, Llama, LlamaConfig, read_config
 from plumbing import choices, cost, parallel
 from plumbing import cut as cutting
@@ -160,7 +160,7 @@ class Trainer:
         state, given = run.state, self.mixture.state
         run.load(self.tree, self.optimizer)
         self.mixture.state, self.kept = state["mixture"], state["kept"]
-        if "ratio" in run.changed:
+        if "ratio" in run.changed or self.s.schedule == "constant":
             self.mixture.state |= {key: given[key] for key in ("weights", "ratio")}
         if None not in given["reference"] and run.new_references:
             self.mixture.state |= {key: given[key] for key in ("reference", "reference_is")}
@@ -176,16 +176,17 @@ class Trainer:
         if masks and s.settles:
             choices.settle_(masks)
         z = masks.deterministic(at_target=True) if masks else None
-        if parallel.is_first():
-            model, kept = Llama.of_weights(self.model.config, whole), self.kept
-            if masks:
-                kept, model = choices.describe(masks.cpu()), extract(model, masks)
-            origin = model_directory(s.init_from) if s.init_from else None
-            save_model(directory, model, kept, origin, self.reader, getattr(torch, s.export_dtype))
-            del model
+        with parallel.together():
+            if parallel.is_first():
+                model, kept = Llama.of_weights(self.model.config, whole), self.kept
+                if masks:
+                    kept, model = choices.describe(masks.cpu()), extract(model, masks)
+                origin = model_directory(s.init_from) if s.init_from else None
+                save_model(directory, model, kept, origin, self.reader, getattr(torch, s.export_dtype))
+                del model
         del whole
-        parallel.barrier()
-        small = make(read_config(directory), directory, checkpoint_layers=False, compiled=False)
+        with user_errors(ValueError):  # weights that are not finite, after the last step or in the dtype of the export
+            small = make(read_config(directory), directory, checkpoint_layers=False, compiled=False)
         log.end(validation_losses(s, small, self.reader.data), small.config, z)
         if parallel.is_first():
             shutil.rmtree(run.path / "model", ignore_errors=True)  # an older one, of fewer steps
@@ -251,7 +252,8 @@ def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> Pruning
     """The gates of a pruning run."""
     noise = (s.noise_from, s.noise_to) if s.noise_to else (math.inf, math.inf)
     settle_at = s.settle_at if s.settles else math.inf
-    masks = PruningMasks(source, target, s.sparsity_warmup, s.log_alpha, s.phi, *noise, settle_at, s.fade)
+    log_alpha = s.log_alpha if s.learns_gates else LOG_ALPHA_MAX  # a choice starts with all gates at 1
+    masks = PruningMasks(source, target, s.sparsity_warmup, log_alpha, s.phi, *noise, settle_at, s.fade)
     masks.clamp_()
     return masks.requires_grad_(s.learns_gates)
 
@@ -312,7 +314,7 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
         run, reader, shape = sources.run, sources.reader, sources.shape
         masks = reference_model = None
         if target := s.target_shape(shape):
-            run.check_choice(s.cut_at)
+            run.check_choice(s.settle_at or s.cut_at)
             if run.state and run.state["kept"]:
                 shape = target  # the small model was cut out already
             else:
@@ -333,7 +335,8 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
         references = validation_losses(s, reference_model, reader.data)
         del reference_model
     s = replace(s, export_dtype=sources.export_dtype)
-    mixture, log = make_mixture(s, reader.data, references), Log(s, run, reader, shape, device)
+    mixture, log = make_mixture(s, reader.data, references), Log(s, run, reader, sources.shape, device)
+    log.shape = shape
     if why := sources.from_the_beginning:
         say(f"note: this run reads {s.data} from its beginning, not from where {s.init_from} stopped: {why}")
     log.settings(mixture)
@@ -360,7 +363,7 @@ def main():
         if trainer.masks and first == s.cut_at < s.steps:  # at once, or in the moment that was saved
             trainer = cut(trainer, run, log, make, first)
         if first == 0 or run.changed:
-            log.begin(trainer.masks.target if trainer.masks else None)
+            log.begin()
         if first == 0:
             trainer.evaluate(log, step=0)
         first = trainer.train(run, log, first)

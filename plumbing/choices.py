@@ -57,6 +57,9 @@ def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], se
             return taylor_scores(model, text)
     try:
         return scores_of(masks, records.read(Path(gates), records.Pruning, "a pruning.json"))
+    except OSError as error:
+        names = "learned, random, magnitude, activation, taylor"
+        raise ValueError(f"gates = '{gates}': neither one of {names} nor a file: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"gates = '{gates}': not a pruning.json of this source and target ({error})") from None
 

@@ -243,12 +243,11 @@ def least(c: LlamaConfig, sequences: int, seq_len: int, shards: int = 1) -> floa
     return max(4 * numbers, 3 * numbers + 2 * sequences * seq_len * c.d_model * c.n_layer)
 
 
-def check_memory(s: Settings, source: LlamaConfig, device: torch.device) -> None:
+def check_memory(s: Settings, trained: LlamaConfig, device: torch.device) -> None:
     """ValueError where a run needs more memory than there is: it is called before a model is made. What a process
     surely holds is compared with all memory of the GPU, or with twice that of the machine, since some of it may be
     swapped out. So nothing that could run is refused."""
     mine, micro_batch = s.split_batch(parallel.size())
-    trained = source if s.cut_at else s.target_shape(source)
     need = least(trained, micro_batch, s.seq_len, parallel.size() if s.parallel == "fsdp" else 1)
     need += 8 * mine * s.seq_len  # tokens of the step, int64
     if device.type == "cuda":

@@ -27,16 +27,16 @@ def write(path: Path, tree: nn.ModuleDict, optimizer: torch.optim.Optimizer, mas
         shutil.rmtree(path, ignore_errors=True)
 
     def write_one(what: str, tensors: dict) -> None:  # one at a time: each is as large as the source
-        if parallel.is_first():
-            own = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
-            extract(Llama.of_weights(masks.source, own), masks).save_pretrained(path / what)
+        with parallel.together():
+            if parallel.is_first():
+                own = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+                extract(Llama.of_weights(masks.source, own), masks).save_pretrained(path / what)
 
     write_one(WEIGHTS, get_model_state_dict(tree, options=whole))
     if optimizer.state:
         moments = get_optimizer_state_dict(tree, optimizer, options=whole).get("state", {})  # of the first process
         for moment in MOMENTS:
             write_one(moment, {name: state[moment] for name, state in moments.items() if moment in state})
-    parallel.barrier()
 
 
 @torch.no_grad()

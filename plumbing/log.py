@@ -91,10 +91,12 @@ class Clock:
 
 
 class Log:
-    """Writes and prints what a run measures. `shape` is that of the model that is trained."""
+    """Writes and prints what a run measures. `shape` is that of the model that is trained now, `source` that of the one
+    that the run starts from."""
 
-    def __init__(self, s: Settings, run: Run, reader: BatchReader, shape: LlamaConfig, device: torch.device):
-        self.s, self.run, self.reader, self.shape, self.device = s, run, reader, shape, device
+    def __init__(self, s: Settings, run: Run, reader: BatchReader, source: LlamaConfig, device: torch.device):
+        self.s, self.run, self.reader, self.device = s, run, reader, device
+        self.source = self.shape = source
         self.data = reader.data
         self.go_on(step=0, seconds=0.0)
         self.tokens_per_step = s.batch_size * s.seq_len
@@ -117,9 +119,11 @@ class Log:
         if s.schedule == "dro" and s.dynamic_ratio and np.ptp(mixture.initial) == 0:
             say("note: all domains have equal shares, so dynamic_ratio has no effect: its bounds leave no room (3.3)")
 
-    def begin(self, target: LlamaConfig | None) -> None:
+    def begin(self) -> None:
         """The first line: what kind of run this is. It comes again where a run goes on with other settings."""
         s, changed = self.s, {}
+        target = s.target_shape(self.source) if s.cut_at else None  # what is cut out at once is never gated
+        source = self.source if s.cut_at else self.shape
         if self.run.changed:
             changed["changed"] = {key: {"was": was, "now": now} for key, (was, now) in self.run.changed.items()}
             say(
@@ -136,9 +140,9 @@ class Log:
             schedule=s.schedule,
             dynamic_reference=s.dynamic_reference,
             dynamic_ratio=s.dynamic_ratio,
-            source=self.shape.shape,
+            source=source.shape,
             target=target.shape if target else None,
-            parameters=self.shape.n_params(),
+            parameters=source.n_params(),
             **changed,
         )
 
@@ -154,7 +158,7 @@ class Log:
         self.run.log(
             type="train",
             step=step,
-            tokens=step * self.tokens_per_step,
+            tokens=int(self.reader.tokens_seen().sum()),
             loss=loss,
             lr=lr,
             grad_norm=meter.norm.item(),
@@ -215,7 +219,7 @@ class Log:
         self.run.log(
             type="eval",
             step=step,
-            tokens=step * self.tokens_per_step,
+            tokens=int(self.reader.tokens_seen().sum()),
             domain_tokens=self._by_domain(now.tokens.astype(int)),
             parameters=now.params,
             loss=losses,

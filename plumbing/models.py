@@ -23,7 +23,7 @@ from plumbing import checkpoint, checksums, choices, records
 from plumbing.data import BatchReader, TokenData
 from plumbing.huggingface import stored_dtype
 from plumbing.parallel import check_finite
-from plumbing.run import find_checkpoint, read_state, shapes_of
+from plumbing.run import find_checkpoint, newest_checkpoint, read_state, shapes_of
 from plumbing.tokenizer import files_of_tokenizer, fingerprint, load_tokenizer, sentencepiece_only, tokenizer_file
 
 PRUNING, TRAINED_WITH = "pruning.json", "trained_with.json"
@@ -32,11 +32,20 @@ PRUNING, TRAINED_WITH = "pruning.json", "trained_with.json"
 def model_directory(path: str | Path) -> Path | None:
     """The directory in Hugging Face's format that `path` is, or that the finished run `path` holds; None otherwise."""
     path = Path(path)
-    if (path / "model" / "config.json").is_file():
+    if (path / "model" / "config.json").is_file() and not goes_on(path):
         return path / "model"
     if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
         return path
     return None
+
+
+def goes_on(run: Path) -> bool:
+    """Whether a run was given more steps than its model/ has, and has not taken all of them yet."""
+    newest, config = newest_checkpoint(run), run / "config.json"
+    if newest is None or not config.is_file():
+        return False
+    steps = records.read(config, records.RunConfig, "the config.json of a run")["steps"]
+    return int(newest.name.removeprefix("step_")) < steps
 
 
 def directory_of(model: str) -> Path:

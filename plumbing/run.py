@@ -228,17 +228,19 @@ class Run:
                     "or it was made again, with other content"
                 )
 
-    def check_choice(self, cut_at: int) -> None:
+    def check_choice(self, fixed_at: int) -> None:
         """ValueError where a checkpoint has fixed what is kept, and the settings that say so have changed; and where
-        the small model was to be cut out, after `cut_at` steps, before the checkpoint's step."""
+        the choice was to be fixed, after `fixed_at` steps, before the checkpoint's step."""
         if self.state is None:
             return
         if self.state["settled"] or self.state["kept"]:
             changed = [key for key in self.changed if key in OF_THE_CHOICE or key.startswith("target_")]
             if changed:
                 raise ValueError(f"{', '.join(changed)} must be as in {self.origin}: its choice is fixed")
-        elif cut_at < self.state["step"]:
-            raise ValueError(f"settle_at + fade = {cut_at}: {self.checkpoint} has {self.state['step']} steps already")
+        elif "gates" in self.changed:
+            raise ValueError(f"gates must be 'learned', as in {self.checkpoint}")
+        elif fixed_at < self.state["step"]:
+            raise ValueError(f"settle_at = {fixed_at}: {self.checkpoint} has {self.state['step']} steps already")
 
     def check_model(self, shape: LlamaConfig, masks: PruningMasks | None) -> None:
         """ValueError unless the checkpoint, if there is one, has a model of this shape, and these gates."""
@@ -303,19 +305,22 @@ class Run:
         if parallel.from_first(final.exists()):
             return
         partial = final.with_name(final.name + ".partial")
-        if parallel.is_first():
-            for left_over in final.parent.glob("*.partial"):
-                shutil.rmtree(left_over)
-            partial.mkdir(parents=True)
-            self.metrics.flush()
-            os.fsync(self.metrics.fileno())
-            state = {**state, "step": step, "metrics_bytes": os.fstat(self.metrics.fileno()).st_size}
-            (partial / "state.json").write_text(json.dumps(state))
-        parallel.barrier()
+        with parallel.together():
+            if parallel.is_first():
+                self._begin_checkpoint(partial, {**state, "step": step})
         saving = checkpoint.save(tree, optimizer, partial, self.group, in_background)
         self.pending = saving, partial, final, keep
         if not in_background:
             self.finish_save()
+
+    def _begin_checkpoint(self, partial: Path, state: dict) -> None:
+        for left_over in partial.parent.glob("*.partial"):
+            shutil.rmtree(left_over)
+        partial.mkdir(parents=True)
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())
+        state["metrics_bytes"] = os.fstat(self.metrics.fileno()).st_size
+        (partial / "state.json").write_text(json.dumps(state))
 
     def finish_save(self, wait: bool = True) -> None:
         """Give a checkpoint its name once it is whole, and drop the oldest ones."""

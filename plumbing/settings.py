@@ -101,7 +101,7 @@ class Settings:
     warmup: Annotated[int, NOT_NEGATIVE, "steps of linear learning-rate warm-up"] = 0
     beta1: Annotated[float, Limits(0, 0.999), "AdamW's decay of the mean of gradients"] = 0.9
     beta2: Annotated[float, Limits(0, 0.999), "AdamW's decay of the mean of squared gradients"] = 0.95
-    eps: Annotated[float, NOT_NEGATIVE, "AdamW's epsilon"] = 1e-8
+    eps: Annotated[float, Limits(1e-30), "AdamW's epsilon"] = 1e-8
     weight_decay: Annotated[
         float, NOT_NEGATIVE, "AdamW's weight decay; it applies to the weights, not to the gates"
     ] = 0.0
@@ -199,7 +199,7 @@ class Settings:
             wrong.append("out is empty")
         if self.reference_losses and self.reference_model:
             wrong.append("reference_losses and reference_model are both set, one of them must be empty")
-        if self.batch_size % self.gate_samples:
+        if self.batch_size % max(1, self.gate_samples):
             wrong.append(f"batch_size = {self.batch_size} must be a multiple of gate_samples = {self.gate_samples}")
         wrong += self._wrong_schedule() + self._wrong_pruning()
         if wrong:
@@ -331,9 +331,10 @@ class Settings:
         if target.d_model % target.n_head:
             group = source.n_head // source.n_kv_head
             possible = [n for n in range(group, source.n_head + 1, group) if target.d_model % n == 0]
+            advice = f"target_n_head may be {', '.join(map(str, possible))}" if possible else "no target_n_head will do"
             raise ValueError(
                 f"target_d_model = {target.d_model} must be a multiple of the {target.n_head} heads kept: transformers "
-                f"loads no other Llama; with this width target_n_head may be {', '.join(map(str, possible))}"
+                f"loads no other Llama; with this width {advice}"
             )
         if target == source:
             raise ValueError(f"the target shape is that of {self.init_from}: there is nothing to prune")

@@ -50,7 +50,8 @@ def open_sources(s: Settings, device: torch.device) -> Sources | None:
     else:
         shape, start = s.shape_from_scratch(data.vocab_size, data.eot), s.seed
     dtype = export_dtype(s.export_dtype, start if s.init_from else None)  # now: the source may move before the run ends
-    cost.check_memory(s, shape, device)
+    cut = s.cut_at == 0 or (run.state and run.state["kept"])
+    cost.check_memory(s, (s.target_shape(shape) if cut else None) or shape, device)
     from_the_beginning = reference = None
     if run.state:
         reader.load_state_dict(run.state["reader"])
@@ -58,11 +59,10 @@ def open_sources(s: Settings, device: torch.device) -> Sources | None:
         checksums.check(start)
         position = data_position(s.init_from)
         from_the_beginning = reader.go_on_after(position) if position else None
-    if s.reference_model:
+    if s.reference_model and (run.state is None or run.new_references):  # else the checkpoint has its losses
         model_shape(s, s.reference_model, data)
-        if run.state is None or run.new_references:
-            reference = directory_of(s.reference_model)
-            checksums.check(reference)
+        reference = directory_of(s.reference_model)
+        checksums.check(reference)
     return Sources(run, reader, shape, None if run.state else start, reference, dtype, from_the_beginning)
 
 

@@ -244,6 +244,8 @@ TABLE = [
     ("references of both kinds", "train --reference_losses={'a':1} --reference_model=x", None, "are both set"),
     ("a rule without references", "train --schedule=sheared", None, "needs references"),
     ("a batch that does not divide", "train --gate_samples=3", None, "must be a multiple of gate_samples"),
+    ("no gate sample", "train --gate_samples=0", None, "gate_samples = 0 must be"),
+    ("an epsilon of 0", "train --eps=0", None, "eps = 0"),
     ("micro-batches that do not divide", "train --micro_batch=3", None, "micro_batch = 3 must divide 4"),
     ("sequences longer than the text", "train --seq_len=2**40", None, "too few for one sequence"),
     # sizes that no machine has
@@ -283,7 +285,8 @@ TABLE = [
     ("a ramp as long as the run", "prune --sparsity_warmup=16", None, "must be below steps = 16"),
     ("no such reference", "prune --reference_model=out/none", None, "out/none: no such model or run"),
     ("a run that is half done", "train --init_from=out/half", None, "this run is not finished"),
-    ("gates of no file", "prune --gates=none.json", None, "none.json"),
+    ("gates of no file", "prune --gates=none.json", None, "gates = 'none.json': neither one of learned, random"),
+    ("gates of a folder", "prune --gates=out", None, "gates = 'out': neither one of learned, random"),
     ("a run of other settings", "resume --lr=1.0", None, "was started with other settings"),
     ("a run that is there", "resume --resume=never", None, "holds a run already"),
     ("a run that is not there", "train --resume=yes", None, "resume = 'yes': no checkpoint there"),

@@ -19,7 +19,7 @@ from safetensors.torch import save, save_file
 import eval as eval_module
 import train
 from plumbing import checkpoint
-from plumbing.models import load_model
+from plumbing.models import directory_of, load_model
 from plumbing.run import Run, newest_checkpoint
 
 
@@ -336,6 +336,44 @@ def test_data_and_source_may_move(chain, tiny_data, tmp_path, monkeypatch, capsy
     for name in ("model/model.safetensors", "model/config.json"):
         assert (tmp_path / "x" / name).read_bytes() == (out["continue"] / name).read_bytes()
     assert metrics(tmp_path / "x")[1:] == metrics(out["continue"])[1:]
+
+
+def test_a_reference_model_is_not_needed_twice(chain, tmp_path, monkeypatch):
+    """A checkpoint has its losses."""
+    out, args = chain
+    reference = shutil.copytree(out["pretrain"], tmp_path / "reference")
+    mine = [a for a in args["prune"] if not a.startswith(("--out=", "--reference_model="))]
+    mine += [f"--out={tmp_path / 'x'}", f"--reference_model={reference}"]
+    assert run(monkeypatch, *mine, "--stop_at=4") == 0
+    shutil.rmtree(reference)
+    assert run(monkeypatch, *mine, "--stop_at=6") == 0
+    first, *_, last = metrics(tmp_path / "x", "eval")
+    assert last["step"] == 6 and last["reference"] == first["reference"]
+
+
+def test_a_mixture_that_is_to_stay_does_so_at_once(chain, tmp_path, monkeypatch):
+    """And the tokens are those that were read, also where the batches have another size from here on."""
+    out, args = chain
+    mine = [a for a in args["prune"] if not a.startswith("--out=")]
+    mine += [f"--out={tmp_path / 'x'}", f"--resume={out['prune'] / 'checkpoints' / 'step_000050'}"]
+    before = next(line for line in metrics(out["prune"], "eval") if line["step"] == 50)
+    assert run(monkeypatch, *mine, "--schedule=constant", "--batch_size=8", "--log_interval=1", "--stop_at=52") == 0
+    first, last = (line for line in metrics(tmp_path / "x", "train") if line["step"] > 50)
+    assert first["weights"] == metrics(out["prune"], "eval")[0]["weights"] != before["weights"]
+    assert last["tokens"] == before["tokens"] + 2 * 8 * 64
+    assert last["tokens"] == sum(metrics(tmp_path / "x", "eval")[-1]["domain_tokens"].values())
+
+
+def test_a_run_that_was_given_more_steps_is_not_finished(chain, tmp_path, monkeypatch):
+    """Its model/ is of fewer steps, and nothing takes it for the run's."""
+    out, args = chain
+    again = shutil.copytree(out["continue"], tmp_path / "again")
+    mine = [f"--out={again}" if a.startswith("--out=") else a for a in args["continue"]]
+    assert run(monkeypatch, *mine, "--steps=50", "--stop_at=45") == 0
+    with pytest.raises(ValueError, match="this run is not finished"):
+        directory_of(str(again))
+    ours, theirs = (load_model(path).lm_head.weight for path in (again, again / "checkpoints" / "step_000045"))
+    assert torch.equal(ours, theirs) and not torch.equal(ours, load_model(again / "model").lm_head.weight)
 
 
 @pytest.mark.parametrize("in_background", [False, True])

@@ -146,6 +146,15 @@ def test_a_fading_choice_goes_on(settled, tmp_path, monkeypatch):
         assert (tmp_path / "stopped/run" / name).read_bytes() == (tmp_path / "alone/run" / name).read_bytes()
 
 
+def test_a_choice_fades_from_the_source(settled, tmp_path, monkeypatch):
+    """log_alpha is where learned gates begin; a choice begins with all gates at 1, where the source is."""
+    _, args = settled
+    mine = [*args, "--gates=random", "--noise_from=0", "--noise_to=0", "--settle_at=0", "--log_alpha=0", "--stop_at=1"]
+    assert run(monkeypatch, *mine, f"--out={tmp_path / 'x'}") == 0
+    first = metrics(tmp_path / "x", "eval")[0]
+    assert first["loss"] == pytest.approx(first["reference"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "at, other, message",
     [
@@ -153,7 +162,9 @@ def test_a_fading_choice_goes_on(settled, tmp_path, monkeypatch):
         (14, "--target_d_ffn=16", "target_d_ffn must be as in .*: its choice is fixed"),
         (20, "--fade=9", "fade must be as in"),
         (30, "--settle_at=13", "settle_at must be as in"),
-        (10, "--settle_at=9 --fade=0", r"settle_at \+ fade = 9: .* has 10 steps already"),
+        (10, "--settle_at=9 --fade=0", "settle_at = 9: .* has 10 steps already"),
+        (10, "--settle_at=9 --fade=9", "settle_at = 9: .* has 10 steps already"),
+        (10, "--gates=random --settle_at=0 --noise_from=0 --noise_to=0", "gates must be 'learned', as in"),
     ],
 )
 def test_what_is_fixed_stays(settled, at, other, message, tmp_path, monkeypatch, capsys):

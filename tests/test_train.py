@@ -382,6 +382,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_data, tmp_path, 
     assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
 
+def test_a_model_that_its_dtype_cannot_hold_is_one_line(tiny_data, tmp_path, monkeypatch, capsys):
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=1", "--lr=1e6", "--export_dtype=float16"]
+    assert run(monkeypatch, *args) == 2
+    assert "values that are not finite" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
 def test_sigterm_saves_and_says_how_to_go_on(tiny_data, tmp_path):
     args = [*SHAPE, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=100000"]
     training = Fresh(script, "train.py", *args)
