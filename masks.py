@@ -173,6 +173,13 @@ class PruningMasks(nn.Module):
             z[granularity] = distribution.deterministic(distribution.keep if at_target else None)
         return Gates(**z)
 
+    def evaluated(self, step: int) -> Gates | None:
+        """The gates that an evaluation after `step` steps measures with. None is the source as it is. Until the choice
+        is fixed, the target shape would cut off what is still in use, and its losses would say nothing."""
+        if step >= self.settle_at:
+            return self.settling(step)
+        return self.deterministic(at_target=False) if step > 0 else None
+
     def target_sparsity(self, step: int) -> dict[str, float]:
         """granularity -> wanted share of zeros at a step: a linear ramp from 0, then the target shape's."""
         ramp = share_of(step, 0, self.sparsity_warmup)

@@ -104,11 +104,7 @@ class Trainer:
         s, masks, mixture = self.s, self.masks, self.mixture
         self.meter.check(mixture.domains)
         with log.clock.paused():
-            z = None
-            if masks and step >= masks.settle_at:
-                z = masks.settling(step)
-            elif masks and step > 0:  # the target shape would cut off what is still in use: its losses say nothing
-                z = masks.deterministic(at_target=False)
+            z = masks.evaluated(step) if masks else None
             losses = validation_losses(s, self.model, self.reader.data, z)
             course = self.course(step)
             now, *_, end = course

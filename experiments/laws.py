@@ -66,7 +66,7 @@ def watch(name: str, *command: str) -> None:
 
         def evaluate(self, log, step):
             super().evaluate(log, step)
-            z = self.masks.deterministic(at_target=False) if self.masks else None
+            z = self.masks.evaluated(step) if self.masks else None
             params, found = list(self.model.parameters()), {}
             weights = [p.detach().clone() for p in params]
             for key in ["weights", *HORIZONS]:
