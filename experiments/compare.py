@@ -349,7 +349,8 @@ def report(schedules: list[str]) -> None:
 
 def main():
     global OUT, DOCS
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    look = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser(**look, allow_abbrev=False)  # "--schedule=dro --rho=1" is a schedule
     parser.add_argument("case", nargs="?", choices=CASES)
     parser.add_argument("--seeds", type=int, nargs="+", help="how many, or the first and the last; default: the case's")
     parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, help="default: the case's")

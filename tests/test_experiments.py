@@ -56,6 +56,17 @@ def test_runs_of_a_case_differ_in_their_schedule_alone(monkeypatch, tmp_path):
         assert paper["dynamic_reference"] and paper["dynamic_ratio"] and not even["dynamic_reference"]
 
 
+def test_settings_may_stand_in_place_of_a_schedule(monkeypatch):
+    """Also on the command line, where they begin as an option does."""
+    asked = []
+    monkeypatch.setattr(compare, "run_all", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(compare, "report", asked.append)
+    schedules = ["--schedule=dro --rho=0.7", "constant"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "toy", "--seeds", "2", "3", "--schedules", *schedules])
+    compare.main()
+    assert asked == [("toy", range(2, 4), compare.CASES["toy"].mixtures, schedules, 2), schedules]
+
+
 def test_seeds_have_their_own_source_and_what_is_done_is_not_done_again(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(compare, "OUT", tmp_path)
