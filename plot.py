@@ -156,7 +156,7 @@ def label_ends(ax, ends: dict[str, float], texts: dict[str, str], look: dict[str
     gap = 1.35 * size / 72 / (ax.get_position().height * 0.85 * ax.figure.get_figheight())
     for name, here, there in zip(ends, at, spread(at, gap)):
         ax.text(1.045, there, texts[name], transform=ax.transAxes, va="center", fontsize=size)
-        ax.plot([1.003, 1.038], [here, there], transform=ax.transAxes, clip_on=False, color=look[name]["color"])
+        ax.plot([1.005, 1.038], [here, there], transform=ax.transAxes, clip_on=False, color=look[name]["color"], lw=0.8)
 
 
 def draw_timeline(ax, run: Metrics, labels=True) -> list[Line2D]:

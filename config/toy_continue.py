@@ -27,7 +27,7 @@ warmup = 9
 
 schedule = "dro"
 rho = 1.0
-temperature = 0.1
+temperature = 0.2
 dynamic_ratio = True
 delta = 0.5
 bound = 16.0

@@ -15,7 +15,7 @@ references (the source's validation losses):
     dro               robust weights, fixed references and ratio
     dro + reference   with the dynamic reference loss; `dro + ratio` with the dynamic ratio
     paper             with both: DRPruning with the paper's settings
-    even              room for the ratio (bound 16, delta .5), rho 1, temperature .1; fixed references
+    even              room for the ratio (bound 16, delta .5), rho 1, temperature .2; fixed references
     low               the same with the dynamic reference
 
 Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` starts from the source
@@ -48,7 +48,7 @@ from train import Settings  # noqa: E402
 
 OUT, DOCS = Path("out/compare"), Path("docs/compare")
 PAPER = {"rho": 0.1, "temperature": 0, "delta": 0.1, "bound": 2, "dynamic_reference": False, "dynamic_ratio": False}
-ROOM = {"schedule": "dro", "rho": 1, "temperature": 0.1, "delta": 0.5, "bound": 16, "dynamic_ratio": True}
+ROOM = {"schedule": "dro", "rho": 1, "temperature": 0.2, "delta": 0.5, "bound": 16, "dynamic_ratio": True}
 SCHEDULES = {
     "constant": {"schedule": "constant"},
     "sheared": {"schedule": "sheared"},

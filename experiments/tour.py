@@ -101,30 +101,31 @@ def gate() -> Figure:
         inner, edges = np.histogram(z[(z > 0) & (z < 1)], bins=10, range=(0, 1))
         ax.bar(edges[:-1] + 0.05, 100 * inner / len(z), 0.08, color=SKY)
         ends = [100 * (1 - distribution.prob_nonzero()[0].item()), 100 * (z == 1).double().mean().item()]
-        ax.bar([-0.08, 1.08], ends, 0.1, color=ORANGE)
+        ax.bar([-0.08, 1.08], ends, 0.1, color=GREEN)
         for x, share in zip((-0.08, 1.08), ends):
             ax.annotate(f"{share:.0f} %", (x, share), (0, 2), textcoords="offset points", ha="center", **LIKE)
         ax.plot(float(distribution.deterministic(len(u))[0].detach()), -4, "^", ms=10, color=BLACK, clip_on=False)
-        ax.set(ylim=(0, 100), xticks=(-0.08, 0.5, 1.08), xticklabels=("0", "½", "1"))
+        ax.set(ylim=(0, 100), xlim=(-0.3, 1.3), xticks=(-0.08, 0.5, 1.08), xticklabels=("0", "½", "1"))
         ax.set_title(f"log α = {log_alpha:.0f}".replace("-", "−"))
         ax.tick_params(axis="x", pad=9)
     axes["a"].set_ylabel("probability (%)")
-    axes["b"].set_xlabel("gate z    (orange: exactly 0, exactly 1; ▲: without noise)")
+    axes["b"].set_xlabel("gate z    (green: exactly 0, exactly 1; ▲: in an evaluation)")
 
     s, steps, _, masks = gated_run()
     at = np.arange(1, len(steps) + 1)
     for g in ("head", "hidden"):
         ax, log_alpha = axes[g], getattr(masks, g).log_alpha.detach().flatten()
         kept = getattr(steps[-1]["left"], g).flatten() > 0.5
-        stays, goes = log_alpha.where(kept, torch.inf).argmin(), log_alpha.where(~kept, -torch.inf).argmax()
-        for i, color, word in ((stays, BLUE, "stays"), (goes, ORANGE, "goes")):
+        for of, color, word in ((kept, BLUE, "stays"), (~kept, ORANGE, "goes")):
+            i = of.nonzero()[log_alpha[of].argsort()[of.sum() // 2]]  # the one in the middle
             ax.plot(at, [getattr(r["z"], g).flatten()[i] for r in steps], ".", ms=4, alpha=0.5, color=color)
-            y = [float(getattr(r["left"], g).flatten()[i]) for r in steps]
-            ax.plot(at, y, color=color, label=word)
+            y = [float(getattr(r["left"], g).flatten()[i]) for r in steps[: s.settle_at - 1]]
+            ax.plot(at[: len(y)], y, color=color, label=word)
         ax.axvline(s.settle_at, color="#999999", lw=1, zorder=0)
+        ax.annotate("choice fixed", (s.settle_at, 0.3), (6, 0), textcoords="offset points", **LIKE)
         ax.set(xlabel="step", ylim=(-0.04, 1.04), title=f"{'a head' if g == 'head' else 'a hidden dimension'}")
     axes["head"].set_ylabel("gate z (dots), P(z ≠ 0) (line)")
-    axes["head"].legend(loc="center right")
+    axes["head"].legend(loc="center right", bbox_to_anchor=(1, 0.55))
     fig.suptitle("Noise gives each gate real chances of 0 and of 1; training decides", x=0.01, ha="left")
     return fig
 
@@ -154,8 +155,8 @@ def constraint() -> Figure:
         ax.set_ylabel(label)
     entries = [entry(NAMES[g], color=look[g]["color"]) for g in stats[0]] + [entry("target t", ls=":", lw=1.5)]
     fig.legend(handles=entries, loc="outside lower center", ncols=3)
-    text = ", ".join(f"{miss:.1f} points ({title})" for title, miss in off.items())
-    fig.suptitle(f"At the end, s is off by at most {text}", x=0.01, ha="left")
+    text = ", ".join(f"{miss:.1f} ({title})" for title, miss in off.items())
+    fig.suptitle(f"At the end, s is at most so many percent of the gates off: {text}", x=0.01, ha="left")
     return fig
 
 
@@ -197,15 +198,17 @@ def same_function() -> Figure:
         large = [x[..., kept["hidden"]] for x in large[:-1]] + large[-1:]
         pairs = list(zip(large, activations(small, tokens)))
         y = np.array([float((a - b).abs().max() / a.abs().max()) for a, b in pairs])
-        ax.plot(range(len(y)), np.maximum(y, 1e-17), label=name, ms=8, **look)
+        ax.plot(range(len(y)), np.maximum(y, 1e-17), label=name, ms=9, mfc="none", mew=2, **look)
         worst[name] = y[-1]
     places = [f"layer {i}" for i in kept["layer"].tolist()] + ["norm", "logits"]
     ax.set_xticks(range(len(places)), places)
-    ax.set(yscale="log", ylim=(5e-18, 30), xlabel="into (logits: out of the model)")
+    gone = sorted(set(range(len(model.layers))) - set(kept["layer"].tolist()))
+    ax.set(yscale="log", ylim=(5e-18, 30))
+    ax.set_xlabel(f"what goes into this part, and the logits (layers {' and '.join(map(str, gone))} were pruned)")
     ax.set_ylabel("largest difference / largest value")
     fig.legend(loc="outside lower center", ncols=2)
-    text = f"{worst['float32']:.0e} in float32, {worst['float64']:.0e} in float64: rounding"
-    fig.suptitle(f"The logits differ by {text}", x=0.01, ha="left")
+    text = ", ".join(f"{worst[dtype]:.0e} ({dtype})" for dtype in ("float32", "float64"))
+    fig.suptitle(f"By how much of the largest logit the two differ: {text}", x=0.01, ha="left")
     return fig
 
 
@@ -231,7 +234,7 @@ def ball_outline(ax, corners, p, rho: float, **style) -> None:
 @matplotlib.rc_context(LOOK)
 def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
     """Chapter 4: the worst mixture within the ball, for a ball that grows and for one that moves."""
-    fig, [[left, right]] = figure(5.6, 1, 2)
+    fig, [[left, right]] = figure(6, 1, 2)
     p, excess, domains = np.array(p), np.array(excess), ["python", "manuals", "cpp"]
     corners = on_triangle(left, domains)
     for rho in (0.01, 0.1, 1):
@@ -239,16 +242,18 @@ def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
     for corner, e in zip(corners, excess):
         way = (corner - p @ corners) * 5 * e
         left.annotate("", p @ corners + way, p @ corners, arrowprops={"arrowstyle": "-|>", "color": GREEN, "lw": 2})
+    left.plot([], color=GREEN, label="excess, towards its domain")
     rhos = np.logspace(-2, 1, 61)
     for f, style in ((0.0, {"ls": ":", "color": ORANGE}), (floor, {"color": BLUE})):
         q = np.array([dro_weights(excess, np.zeros(3), p, rho, f) for rho in rhos]) @ corners
-        left.plot(*q.T, **style, label="without the floor" if f == 0 else f"q, floor {f:g}")
+        left.plot(*q.T, **style, label="q, no floor" if f == 0 else f"q, floor {f:g}")
         left.plot(*q[::20].T, "o", color=style["color"])
     places = {}
     for rho, point in zip(rhos[::20], q[::20]):
         places.setdefault(tuple(point.round(2)), []).append(f"{rho:g}")
     for point, names in places.items():
-        left.annotate(f"ρ {', '.join(names)}", point, (9, -4), textcoords="offset points", color=BLUE)
+        left.annotate(f"ρ {', '.join(names)}", point, (0.86, point[1]), color=BLUE, va="center",
+                      arrowprops={"arrowstyle": "-", "color": BLUE, "lw": 0.7, "ls": ":"})  # fmt: skip
     left.plot(*(p @ corners), "k*", ms=14)
     left.set_title("A larger ρ: further to the worst")
 
@@ -260,7 +265,7 @@ def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
             color = {0: SKY, 5: BLUE, 30: BLACK}[evaluation]
             ball_outline(right, corners, ratio, 0.1, colors=color, linewidths=1.5)
             right.plot(*(ratio @ corners), "*", ms=14, color=color)
-            right.plot(*(q @ corners), "o", color=color, label=f"after {evaluation} evaluations")
+            right.plot(*(q @ corners), "o", color=color, label=f"q after {evaluation} evaluations")
         ratio = update_ratio(ratio, q, p)
     right.set_title("Dynamic ratio (ρ 0.1): the ball moves")
     for ax in (left, right):
@@ -291,15 +296,16 @@ def law(run: Path = CONTINUE) -> Figure:
     mean = np.where(often == often.max(), np.nanmean(missed, axis=0), np.nan)
     fig, grid = figure(5, 1, 2)
     colors = dict(zip(fits, (SKY, BLUE, ORANGE, BLACK)))
-    for ax, i in zip(grid[0], (np.nanargmin(mean), np.nanargmax(mean))):
+    for ax, i, word in zip(grid[0], (np.nanargmin(mean), np.nanargmax(mean)), ("best", "worst")):
         ax.plot(steps, losses[:, i], color="#777777", lw=1.5)
         ax.plot(steps[-1], losses[-1, i], "*", ms=16, color="#777777", clip_on=False)
         for share, (n, curves) in fits.items():
             color = colors[share]
             if curves[i] is not None:
                 ax.plot(steps[n - 1 :], curves[i][n - 1 :], color=color)
-                ax.plot(steps[-1], curves[i][-1], "D", ms=8, mfc="none", mew=2, color=color, clip_on=False)
-        ax.set(xlabel="step", title=f"{metrics.domains[i]}: off by {mean[i]:.3f} on average")
+                ax.plot(steps[-1], curves[i][-1], "D", ms=7, mfc="none", mew=1.5, color=color, clip_on=False)
+        ax.set(xlabel="step", title=f"{word} predicted: {metrics.domains[i]}")
+        ax.annotate(f"mean miss {mean[i]:.3f}", (0.97, 0.93), xycoords="axes fraction", ha="right", **LIKE)
     grid[0, 0].set_ylabel("validation loss (nats/token)")
     entries = [entry(f"from {100 * share:.0f} %", color=color) for share, color in colors.items()]
     fig.legend(handles=[entry("measured", color="#777777"), *entries], loc="outside lower center", ncols=5)
@@ -310,10 +316,10 @@ def law(run: Path = CONTINUE) -> Figure:
 @matplotlib.rc_context(LOOK)
 def steering() -> Figure:
     """Chapter 6: the demo's skewed mixture under the robust schedule, and beside it under `constant`."""
-    runs = {"DRPruning": read_metrics(CONTINUE), "constant mixture": read_metrics(CONSTANT)}
+    runs = {"DRPruning": read_metrics(CONTINUE), "constant": read_metrics(CONSTANT)}
     source = read_metrics(SOURCE).end["loss"]
-    fig, grid = figure(9, 3, 2, sharex=True, sharey="row")
-    domains = runs["constant mixture"].domains
+    fig, grid = figure(6.6, 2, 2, sharex=True, sharey="row")
+    domains = runs["constant"].domains
     look, worst = styles(domains), {}
     for (name, run), axes in zip(runs.items(), grid.T):
         tokens = series(run.evals, "tokens") / 1000
@@ -321,7 +327,6 @@ def steering() -> Figure:
         rows = [
             {d: 100 * series(run.evals, "weights", d) for d in domains},
             {d: loss[d] - source[d] for d in domains},
-            loss,
         ]
         for ax, row in zip(axes, rows):
             for d, y in row.items():
@@ -329,15 +334,15 @@ def steering() -> Figure:
                 ax.plot(tokens, running_mean(y), color=look[d]["color"])
         axes[0].set(title=name, yscale="log", yticks=(1, 2, 5, 10, 20, 50), yticklabels=(1, 2, 5, 10, 20, 50))
         axes[0].minorticks_off()
-        axes[2].set_xlabel("tokens (thousands)")
+        axes[1].set_xlabel("tokens (thousands)")
         worst[name] = max(y[-1] for y in rows[1].values())
-    for ax, label in zip(grid[:, 0], ("share of batches (%)", "loss above the\nsource's (nats)", "loss (nats/token)")):
+    for ax, label in zip(grid[:, 0], ("share of batches\n(%, log scale)", "loss less the\nsource's (nats)")):
         ax.set_ylabel(label)
     for ax, row in zip(grid[:, 1], rows):
         ax.set_xlim(0, tokens[-1])
         label_ends(ax, {d: y[-1] for d, y in row.items()}, {d: d for d in domains}, look, size=12.5)
     text = ", ".join(f"{x:+.2f} ({name})" for name, x in worst.items()).replace("-", "−")
-    fig.suptitle(f"Worst domain, above the source: {text}", x=0.01, ha="left")
+    fig.suptitle(f"Worst domain, loss less the source's: {text}", x=0.01, ha="left")
     return fig
 
 
@@ -355,7 +360,8 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
     """Chapter 7: schedules, choices of what to keep, and a real model. A panel for each result that there is."""
     panels = {}
     part = json.loads((docs / "compare/results.json").read_text())["toy"]["skewed"]
-    names = {"constant": "constant", "sheared": "Sheared LLaMA's", "paper": "the paper's", "even": "the demo's"}
+    names = {"constant": "constant", "sheared": "Sheared LLaMA's"}
+    names |= {"paper": "DRPruning, paper's settings", "even": "DRPruning, demo's settings"}
     for title, measure in (("toy, skewed: worst domain", "worst"), ("toy, skewed: average", "average")):
         panels[title] = {name: part[key][measure] for key, name in names.items()}, (BLACK, SKY, BLUE, GREEN)
     if (file := docs / "pruning/toy.json").exists():
@@ -376,7 +382,9 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
         ax.set_xlim(left=min(0, ax.get_xlim()[0]))
         ax.grid(axis="x", color="#e4e4e4")
     grid[-1, 0].set_xlabel("test loss above the source's (nats/token): left is better")
-    fig.suptitle("Dots are seeds, bars their means; each panel has its own scale", x=0.01, ha="left")
+    won = [np.mean(part[key]["worst"]) for key in ("constant", "even")]
+    text = f"Skewed toy, worst domain: {won[0]:+.2f} when constant, {won[1]:+.2f} when steered"
+    fig.suptitle(f"{text} (dots: seeds; bars: means)".replace("-", "−"), x=0.01, ha="left")
     return fig
 
 
