@@ -1,9 +1,10 @@
 """SmolLM2-135M to about half its non-embedding parameters, on a laptop: a real pretrained model, tied embeddings, GQA.
 
-    python train.py config/prune_smollm2.py
+    python train.py config/prune_smollm2.py                    # what the activations need least is cut out
+    python train.py config/prune_smollm2.py --gates learned    # as the paper does: slower, and worse for .2M tokens
 
-400 steps of 4 x 256 tokens: 0.4M tokens, an hour on one CPU thread; 2.6 GiB (`--dry_run=True`). docs/smollm2.md has
-what came of it.
+400 steps of 4 x 256 tokens: 0.4M tokens, an hour and a half on one CPU thread; 2.2 GiB (`--dry_run=True`).
+docs/pruning.md compares the two choices, docs/smollm2.md has what came of the second.
 """
 
 out = "out/prune_smollm2"
@@ -15,6 +16,8 @@ target_d_model = 480
 target_n_head = 6  # 2 of 3 KV groups, each with its 3 query heads
 target_d_ffn = 1152
 
+gates = "activation"
+
 steps = 400
 batch_size = 4
 gate_samples = 4
@@ -23,6 +26,7 @@ lr = 1e-4
 warmup = 20
 dtype = "float32"  # on a CPU without AVX-512, bfloat16 is five times slower
 
+# for --gates learned
 sparsity_warmup = 240
 gate_lr = 1.0  # the paper's; log_alpha must travel 9.2, from its upper clamp to its lower one
 multiplier_lr = 1.0  # the paper's
