@@ -381,10 +381,10 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
         ax.set_title(f"{title}: {' or '.join(map(str, sorted(seeds)))} seed{'s' * (seeds != {1})}")
         ax.set_xlim(left=min(0, ax.get_xlim()[0]))
         ax.grid(axis="x", color="#e4e4e4")
-    grid[-1, 0].set_xlabel("test loss above the source's (nats/token): left is better")
+    grid[-1, 0].set_xlabel("test loss less the source's (nats/token); dots: seeds, bars: means")
     won = [np.mean(part[key]["worst"]) for key in ("constant", "even")]
     text = f"Skewed toy, worst domain: {won[0]:+.2f} when constant, {won[1]:+.2f} when steered"
-    fig.suptitle(f"{text} (dots: seeds; bars: means)".replace("-", "−"), x=0.01, ha="left")
+    fig.suptitle(text.replace("-", "−"), x=0.01, ha="left")
     return fig
 
 
