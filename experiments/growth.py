@@ -32,7 +32,8 @@ from experiments.bench import CONFIG, take_turns, time_schedule, time_weights  #
 from model import Llama, LlamaConfig  # noqa: E402
 from plumbing import cost  # noqa: E402
 from plumbing.command_line import Parser, user_errors  # noqa: E402
-from plumbing.data import FORMAT, SPLITS, BatchReader, TokenData  # noqa: E402
+from plumbing.data import BatchReader, TokenData  # noqa: E402
+from plumbing.dataset import FORMAT, SPLITS  # noqa: E402
 from plumbing.settings import Settings  # noqa: E402
 from train import rehearse  # noqa: E402
 
@@ -72,7 +73,7 @@ def data_times(megabytes: int, rounds: int) -> tuple[float, float]:
                 for _ in iter(partial(file.read, 1 << 20), b""):  # once: what is measured is not the disk
                     pass
         counts = {split: {"tokens": n, "documents": 1, "bytes": n} for split, n in sizes.items()}
-        meta = {"format": FORMAT, "tokenizer": "byte", "tokenizer_fingerprint": "", "vocab_size": 257, "eot": 256}
+        meta = {"format": FORMAT, "tokenizer": "byte", "tokenizer_fingerprint": "none", "vocab_size": 257, "eot": 256}
         meta |= {"bos": None, "dtype": "uint16", "window": 1024, "seed": 0, "domains": {"text": counts}}
         (Path(folder) / "meta.json").write_text(json.dumps(meta))
         reader, steps = BatchReader(TokenData(folder), 256, 8, seed=0), count()
