@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.bench import CONFIG, take_turns, time_schedule, time_weights  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
+from plot import STYLE, new_figure  # noqa: E402
 from plumbing import cost  # noqa: E402
 from plumbing.command_line import Parser, user_errors  # noqa: E402
 from plumbing.data import BatchReader, TokenData  # noqa: E402
@@ -38,7 +39,6 @@ from plumbing.settings import Settings  # noqa: E402
 from train import rehearse  # noqa: E402
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 TOKENS = 4096  # in a step
 
@@ -129,9 +129,13 @@ def main():
         Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
     parts = measure(args.rounds)
-    figure, axes = plt.subplots(1, len(args.only), figsize=(3 * len(args.only), 3), layout="constrained", squeeze=False)
+    matplotlib.rcParams.update(STYLE)
+    rows = -(-len(args.only) // 3)
+    figure, axes = new_figure(rows, 3, height=3.6 * rows)
+    for axis in axes.flat[len(args.only) :]:
+        axis.set_axis_off()
     print(f"{'part':<14}{'what':<10}{'sizes':<26}{'growth':>7}{'arithmetic':>12}   cost")
-    for axis, name in zip(axes[0], args.only):
+    for axis, name in zip(axes.flat, args.only):
         unit, sizes, curves = parts[name]
         for what, (function, measured, largest) in curves.items():
             values = [function(n) for n in sizes]
@@ -140,10 +144,13 @@ def main():
             span = f"{sizes[0]} to {sizes[-1]} {unit}"
             print(f"{name:<14}{what:<10}{span:<26}{growth:>7.2f}{largest:>12}   ", end="")
             print(" ".join(f"{value:.3g}" for value in values), measured, flush=True)
-            axis.loglog(sizes, values, "o-", label=f"{what}, {measured}")
-        axis.set_xlabel(unit)
-        axis.legend()
-    figure.savefig(Path(args.out) / "growth.png", dpi=100)
+            axis.loglog(sizes, np.divide(values, values[0]), "o-", label=what)
+        axis.loglog(sizes, np.divide(sizes, sizes[0]) ** largest, color="black", ls=":", label="arithmetic, at most")
+        axis.set(xlabel=unit, ylabel="cost (smallest: 1)")
+        axis.set_xticks(sizes, sizes)
+        axis.minorticks_off()
+        axis.legend(fontsize=12)
+    figure.savefig(Path(args.out) / "growth.png")
 
 
 if __name__ == "__main__":
