@@ -147,9 +147,12 @@ def main():
             axis.loglog(sizes, np.divide(values, values[0]), "o-", label=what)
         axis.loglog(sizes, np.divide(sizes, sizes[0]) ** largest, color="black", ls=":", label="arithmetic, at most")
         axis.set(xlabel=unit, ylabel="cost (smallest: 1)")
-        axis.set_xticks(sizes, sizes)
+        axis.set_xticks(sizes, sizes, fontsize=11)
         axis.minorticks_off()
-        axis.legend(fontsize=12)
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, 0.2), max(high, 5))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.legend(fontsize=11, loc="upper left")
     figure.savefig(Path(args.out) / "growth.png")
 
 
