@@ -38,8 +38,6 @@ from plumbing.dataset import FORMAT, SPLITS  # noqa: E402
 from plumbing.settings import Settings  # noqa: E402
 from train import rehearse  # noqa: E402
 
-matplotlib.use("Agg")
-
 TOKENS = 4096  # in a step
 
 
