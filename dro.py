@@ -258,8 +258,8 @@ def constant(mixture: Mixture, progress: float, losses) -> np.ndarray:
 
 def sheared(mixture: Mixture, progress: float, losses) -> np.ndarray:
     """Sheared LLaMA's schedule."""
-    reference, step_size = mixture.state["reference"], mixture.step_size
-    return sheared_weights(mixture.weights, losses, reference, step_size, clip=mixture.clip)
+    weights = np.maximum(mixture.weights, 1 / HUGE)  # a run that went on from another schedule may have shares of 0
+    return sheared_weights(weights, losses, mixture.state["reference"], mixture.step_size, clip=mixture.clip)
 
 
 def dro(mixture: Mixture, progress: float, losses) -> np.ndarray:

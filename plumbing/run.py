@@ -229,8 +229,9 @@ class Run:
                 )
 
     def check_choice(self, fixed_at: int) -> None:
-        """ValueError where a checkpoint has fixed what is kept, and the settings that say so have changed; and where
-        the choice was to be fixed, after `fixed_at` steps, before the checkpoint's step."""
+        """ValueError where a checkpoint has fixed what is kept, and the settings that say so have changed; where an
+        initial value of the gates has changed, which a checkpoint has moved on from; and where the choice was to be
+        fixed, after `fixed_at` steps, before the checkpoint's step."""
         if self.state is None:
             return
         if self.state["settled"] or self.state["kept"]:
@@ -239,6 +240,8 @@ class Run:
                 raise ValueError(f"{', '.join(changed)} must be as in {self.origin}: its choice is fixed")
         elif "gates" in self.changed:
             raise ValueError(f"gates must be 'learned', as in {self.checkpoint}")
+        elif initial := [name for name in ("log_alpha", "phi") if name in self.changed]:
+            raise ValueError(f"{', '.join(initial)} must be as in {self.origin}: an initial value acts only at step 0")
         elif fixed_at < self.state["step"]:
             raise ValueError(f"settle_at = {fixed_at}: {self.checkpoint} has {self.state['step']} steps already")
 

@@ -165,6 +165,7 @@ def test_a_choice_fades_from_the_source(settled, tmp_path, monkeypatch):
         (10, "--settle_at=9 --fade=0", "settle_at = 9: .* has 10 steps already"),
         (10, "--settle_at=9 --fade=9", "settle_at = 9: .* has 10 steps already"),
         (10, "--gates=random --settle_at=0 --noise_from=0 --noise_to=0", "gates must be 'learned', as in"),
+        (10, "--phi=9 --log_alpha=1", "log_alpha, phi must be as in .*: an initial value acts only at step 0"),
     ],
 )
 def test_what_is_fixed_stays(settled, at, other, message, tmp_path, monkeypatch, capsys):
