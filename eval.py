@@ -349,6 +349,10 @@ def arguments() -> argparse.Namespace:
     args.asking = bool(args.continuation or args.questions or args.write_questions)
     if args.asking and not args.questions and args.sequences == 0:
         raise ValueError("--sequences 0 means all sequences, but questions need a number, as in --sequences 200")
+    if args.questions and args.sequences is not None:
+        raise ValueError("--sequences: all questions of the files of --questions are asked")
+    if args.sample is not None and (args.asking or args.json):
+        raise ValueError(f"--sample only prints text, so {'--json' if args.json else 'questions'} cannot go with it")
     if 0 < args.temperature < 1e-3:
         raise ValueError(f"--temperature {args.temperature} must be 0 or at least 0.001")
     if args.json:

@@ -6,8 +6,8 @@
         --domain_field meta.redpajama_set_name                           # a field of each jsonl line names the domain
 
 A document is a .txt file, a line {"text": ...} of a .jsonl or .json file (which may end in .gz or .zst), or a row of
-a .parquet file. Of documents that are exactly equal, one is kept. On disk, a document is the token bos (if the
-tokenizer has one), the tokens of its text, and the token eot.
+a .parquet file. Of documents that are exactly equal, one is kept (see `Seen`). On disk, a document is the token bos (if
+the tokenizer has one), the tokens of its text, and the token eot.
 
 A hash of a document's text decides its side: it belongs to train or to the held-out pool, never to both. The tokens of
 the pool are cut into windows, and the windows go to val and test in turn: two small sets of documents would differ a
@@ -45,7 +45,7 @@ from plumbing.installed import INSTALLED_MB, installed_files, read_installed
 from plumbing.left_out import LeftOut
 from plumbing.shared import STRETCH, SharedText, sample_stretches
 from plumbing.tables import columns, padded
-from plumbing.tokenizer import Tokenizer, load_tokenizer
+from plumbing.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from plumbing.workers import map_in_order
 from plumbing.writer import DataWriter, Encoded, whole_or_nothing
 
@@ -101,7 +101,7 @@ def select(files: list[File], read: Callable, options: dict, left_out: LeftOut, 
     A hash of the text, keyed by the seed, says whether it was seen before and whether it is held out.
     """
     seen, taken, spoilt = Seen(), Counter(), 0
-    limit, domains = int(options["max_mb"] * 1e6) or math.inf, options["domains"]
+    limit, domains = options["max_mb"] * 1e6 or math.inf, options["domains"]
     key = options["seed"].to_bytes(8, "little")
 
     def wanted(domain: str) -> bool:
@@ -121,16 +121,19 @@ def select(files: list[File], read: Callable, options: dict, left_out: LeftOut, 
         spoilt += "\ufffd" in text or valid != text
         if to_cut:
             end = round(len(valid) * (1 - options["held_out"]))
-            end = valid.rfind("\n", 0, end) + 1 or end  # within a line only where there is no other
+            earliest = max(0, end - max(len(valid) - end, 4096))  # so that a long line does not go there as a whole
+            end = valid.rfind("\n", earliest, end) + 1 or end
             yield Document(domain, False, valid[:end])
             yield Document(domain, True, valid[end:])
         else:  # the number is uniform in 1 to 2^64 - 1
             yield Document(domain, number < options["held_out"] * 2**64, valid)
     if spoilt:
-        bar.write(f"{spoilt:,} documents hold U+FFFD for bytes that are no UTF-8, or ? for half a character")
+        left_out.notes.append(
+            f"{spoilt:,} documents hold U+FFFD for bytes that are no UTF-8, or ? for half a character"
+        )
 
 
-def without_shared(documents: Iterable[Document], bar: tqdm) -> Iterator[Document]:
+def without_shared(documents: Iterable[Document], left_out: LeftOut) -> Iterator[Document]:
     """All of train, and then the held-out documents of which no more than MAX_SHARE stands word for word in train.
 
     The held-out documents wait in memory until train is complete. The more text there is, the longer a document must
@@ -149,7 +152,9 @@ def without_shared(documents: Iterable[Document], bar: tqdm) -> Iterator[Documen
             yield document
         else:
             dropped += 1
-    bar.write(f"{dropped:,} of {len(held_out):,} held-out documents are dropped, because train has parts of them")
+    left_out.notes.append(
+        f"{dropped:,} of {len(held_out):,} held-out documents are dropped, because train has parts of them"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,8 +258,8 @@ def prepare(
         "domains": domains and sorted(domains),
         "drop_shared": drop_shared or installed,
     }
-    if out.exists():
-        check_same(out, options)
+    if out.exists() or out.is_symlink():
+        check_same(out, options, fingerprint(encoder))
         return False
 
     left_out = LeftOut()
@@ -265,12 +270,16 @@ def prepare(
         read = partial(read_file, left_out=left_out, domain_field=domain_field)
     files = choose_domains(files, domains, source)
     random.Random(seed).shuffle(files)  # so that a limit takes a fair choice, not the first by name
-    with whole_or_nothing(out) as partial_out, closing(DataWriter(partial_out, encoder, window)) as writer:
-        write_domains(writer, files, read, options, left_out, workers)
-        left_out.check()
-        writer.close()
-        writer.leave_out_small()
-        writer.write_meta(options)
+    try:
+        with whole_or_nothing(out) as partial_out, closing(DataWriter(partial_out, encoder, window)) as writer:
+            write_domains(writer, files, read, options, left_out, workers)
+            left_out.check()
+            writer.close()
+            left_out.notes += writer.leave_out_small()
+            writer.write_meta(options)
+    finally:  # not before the data set has its name: nobody may be there to read it
+        for line in left_out.told():
+            print(line)
     return True
 
 
@@ -287,7 +296,7 @@ def choose_domains(files: list[File], domains: list[str] | None, source: str) ->
 def write_domains(
     writer: DataWriter, files: list[File], read: Callable, options: dict, left_out: LeftOut, workers: int
 ):
-    """Read, select, encode and write all documents, with a progress bar. Say what was left out."""
+    """Read, select, encode and write all documents, with a progress bar."""
     for domain in sorted({file.domain for file in files if file.domain} | set(options["domains"] or [])):
         writer.of(domain)  # a domain that turns out to have no text is one, too, and too small
     left_out.files, total = len(files), sum(file.path.stat().st_size for file in files)
@@ -295,12 +304,10 @@ def write_domains(
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         documents = select(files, read, options, left_out, bar)
         if options["drop_shared"]:
-            documents = without_shared(documents, bar)
+            documents = without_shared(documents, left_out)
         with closing(encode_all(documents, writer.tokenizer, workers)) as everything:
             for encoded in everything:
                 writer.add(encoded)
-    for line in left_out.told():
-        print(line)
 
 
 def check_arguments(
@@ -319,14 +326,17 @@ def check_arguments(
             raise ValueError(f"--{name}: {value} is out of range, it must be {need}")
 
 
-def check_same(out: Path, options: dict):
-    """ValueError unless `out` is a data set made with `options`."""
+def check_same(out: Path, options: dict, tokenizer: str):
+    """ValueError unless `out` is a data set made with `options`, and by the tokenizer of this fingerprint."""
     try:
-        there = records.read(out / "meta.json", records.Meta, "a data set's")["options"]
+        meta = records.read(out / "meta.json", records.Meta, "a data set's")
+        there = meta["options"]
     except (OSError, ValueError, KeyError):
         raise ValueError(f"{out}: exists and is no data set; choose another --out") from None
     there = {"drop_shared": False, "domains": None} | there  # data sets made before these were options have neither
     other = [f"{key} {there.get(key)}, not {value}" for key, value in options.items() if there.get(key) != value]
+    if not other and meta["tokenizer_fingerprint"] != tokenizer:
+        other = [f"{options['tokenizer']} as it was, and it has changed"]
     if other:
         raise ValueError(f"{out}: exists, made with {'; '.join(other)}; delete it or choose another --out")
 
@@ -390,7 +400,7 @@ def make_parser() -> Parser:
         "--max_mb",
         type=float,
         metavar="MB",
-        help="Take at most this much text of each domain, in 10^6 bytes. 0 takes all of it. "
+        help="Stop taking text of a domain once there is so much of it, in 10^6 bytes. 0 takes all of it. "
         f"The default is {INSTALLED_MB} for installed, and 0 for a folder.",
     )
 
@@ -452,8 +462,12 @@ def main():
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that what is half written is removed
     with user_errors():
-        args = vars(make_parser().parse_args())
+        parser = make_parser()
+        args = vars(parser.parse_args())
         if args.pop("verify"):
+            for name in args.keys() - {"source"}:
+                if args[name] != parser.get_default(name):
+                    raise ValueError(f"--verify reads a data set, and takes no --{name}")
             TokenData(args["source"]).verify()
             print(f"{args['source']}: every file is as it was written")
             return
@@ -468,7 +482,8 @@ def main():
         print(table(data))
         for line in warnings_about(data.meta.get("shared", {})):
             print(line)
-        print(args["out"] if made else f"{args['out']}: already prepared")
+        already = "" if made else ": already prepared; to take up text that has changed since, delete it"
+        print(f"{args['out']}{already}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import errno
 import io
 import json
 import math
@@ -86,8 +87,13 @@ def command(main: Callable[[], None]) -> None:
         try:
             main()
         finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
+            if sys.stdout:  # None where it was closed
+                sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and error.errno != errno.ENOSPC:
+            raise
+        if error.errno == errno.ENOSPC:
+            print(f"{Path(sys.argv[0]).name}: could not print: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
         sys.exit(1)
 

@@ -17,6 +17,7 @@ question with the choice ("France is" + "n't" may end in the token "isn't"), the
 differs from the question's own, so that all of the choice is in it. Such questions are counted.
 """
 
+import codecs
 import json
 import math
 import statistics
@@ -32,6 +33,7 @@ from model import Llama
 from plumbing import parallel, randomness
 from plumbing.command_line import check_output
 from plumbing.data import TokenData
+from plumbing.dataset import folder_of
 from plumbing.records import QuestionLine, parse
 from plumbing.tables import time_left
 from plumbing.tokenizer import Tokenizer
@@ -102,7 +104,7 @@ def read_questions(file: Path) -> list[Question]:
     """The questions of a .jsonl file, with labels from 0. ValueError names the line that is none, and refuses labels
     that can be read in two ways."""
     found = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         found.append(Question(**parse(line, QuestionLine, f"{file}:{number}: not a question")))
@@ -138,11 +140,12 @@ def make_or_read(
 
 def write_all(folder: str, questions: dict[str, list[Question]]) -> None:
     """A .jsonl file per domain. ValueError before anything is written where one of them cannot be."""
-    for domain in questions:
-        check_output(Path(folder) / f"{domain}.jsonl")
+    files = {domain: Path(folder) / f"{folder_of(domain)}.jsonl" for domain in questions}  # a name may hold a /
+    for file in files.values():
+        check_output(file)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for domain, asked in questions.items():
-        write_questions(Path(folder) / f"{domain}.jsonl", asked)
+        write_questions(files[domain], asked)
 
 
 # -- questions as tokens --------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ def wrong_name(domain: str) -> str:
         return "it holds control characters or bytes that are no UTF-8"
     if len(folder_of(domain).encode()) > 255:
         return "it is longer than 255 bytes"
+    if domain == "meta.json":
+        return "a file of the data set has it"
     return ""
 
 
@@ -71,7 +73,7 @@ class TokenData:
     tokenizer    for load_tokenizer()                    eot         id of the token after each document
                                                          bos         id of the token before each document, or None
     fingerprint  what the tokenizer makes of awkward text, to compare with a model's
-    digest       of all that tells it from other data: counts, tokenizer, seed
+    digest       of all that tells it from other data: counts, tokenizer, seed, checksums
 
     `domains` restricts it to some domains, in that order. Raises ValueError if something is wrong with the files, as
     far as it can be seen without reading all of them; `verify` reads all.
@@ -90,7 +92,7 @@ class TokenData:
         self.fingerprint = self.meta["tokenizer_fingerprint"]
         self._check_meta(file)
         self.bos = self._find_bos()
-        what = json.dumps([self.meta["domains"], self.fingerprint, self.meta.get("seed")])
+        what = json.dumps([self.meta.get(key) for key in ("domains", "tokenizer_fingerprint", "seed", "files")])
         self.digest = hashlib.sha256(what.encode()).hexdigest()[:16]
         self.domains = sorted(self.meta["domains"]) if domains is None else list(map(str, domains))
         check_domains(self.domains, self.meta["domains"], self.path)

@@ -113,7 +113,7 @@ def read_json(raw: BinaryIO, path: Path, left_out: LeftOut) -> Iterator[Record]:
     stream = unpack(raw, path)
     check_head(stream)
     head = stream.readline(MAX_LINE).removeprefix(codecs.BOM_UTF8)
-    if path.name.lower().endswith(NO_LINES) and not isinstance(value_of(head), dict):
+    if path.name.lower().endswith(NO_LINES) and not (isinstance(value_of(head), dict) and stream.peek(1)):
         head += stream.read(MAX_LINE)
         value = value_of(head)
         if isinstance(value, dict) and "text" not in value:
@@ -156,7 +156,7 @@ def read_parquet(raw: BinaryIO, domain_field: str | None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
-    size, names = os.fstat(raw.fileno()).st_size, ["text"] + ([domain_field.split(".")[0]] if domain_field else [])
+    size, names = os.fstat(raw.fileno()).st_size, ["text"] + ([domain_field] if domain_field else [])
     try:
         table = pyarrow.parquet.ParquetFile(raw)
         if "text" not in table.schema_arrow.names:

@@ -13,10 +13,11 @@ class TooMuchLeftOut(ValueError):
 
 
 class LeftOut:
-    """Counts by reason. `lines` is how many lines were read, the bad ones too; `files` how many files there are."""
+    """Counts by reason, and notes. `lines` is how many lines were read, the bad ones too; `files` how many files there
+    are."""
 
     def __init__(self):
-        self.counts, self.places = Counter(), defaultdict(list)
+        self.counts, self.places, self.notes = Counter(), defaultdict(list), []
         self.lines = self.files = 0
 
     def add(self, what: str, where: object = None):
@@ -47,8 +48,8 @@ class LeftOut:
             raise TooMuchLeftOut(f"{self.counts[what]:,} of {total:,} {are}, more than {MAX_BAD:.0%}: {places}")
 
     def told(self) -> list[str]:
-        """A line of text for each reason."""
-        return [
+        """The notes, and a line of text for each reason."""
+        return self.notes + [
             f"left out: {count:,} {what}" + (f", as {'; '.join(self.places[what])}" if self.places[what] else "")
             for what, count in self.counts.items()
         ]

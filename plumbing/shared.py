@@ -57,7 +57,7 @@ class SharedText:
         hashes = self._in_sample(hashes)
         if held_out:
             self.held_out[domain].append(hashes)
-        else:
+        elif len(hashes):  # an empty array takes memory, too, and there may be one for each document
             self.train.append(hashes)
         self.count += len(hashes)
         if self.count > MAX_HASHES:

@@ -10,7 +10,7 @@ Both classes have the same face:
     bos                       id of the token that starts a text (Llama 2 and 3 have one), or None
     encode(text)              ids, uint32 (n,); neither bos nor eot is added; what looks like a special token stays text
     encode_with_bytes(text)   ids, and the number of UTF-8 bytes of the text that each id stands for, uint32 (n,)
-    decode(ids)               text; bytes that are no UTF-8 become U+FFFD
+    decode(ids)               text; bytes that are no UTF-8 become U+FFFD, and an id that no token has is passed over
 """
 
 import base64
@@ -18,6 +18,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -70,7 +71,8 @@ class TiktokenTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids."""
-        return self.encoding.decode([int(i) for i in ids], errors="replace")
+        known = (int(i) for i in ids if i < self.n_vocab and (self._token_bytes[i] or i == self.eot))
+        return self.encoding.decode(list(known), errors="replace")
 
 
 class HuggingFaceTokenizer:
@@ -87,6 +89,12 @@ class HuggingFaceTokenizer:
             bare, whole = (self.tokenizer.encode(PROBE, add_special_tokens=special).ids for special in (False, True))
         self.bos = self._find_bos(bare, whole)
         self._keep_as_text(self.eot, self.bos)
+        # Unigram and WordLevel make these tokens of their own letters all the same: so a text is cut within them
+        known = [token for token, i in vocabulary.items() if i in (self.eot, self.bos) and i in self._encode(token).ids]
+        self._cuts = "|".join(f"(?<={re.escape(token[:1])})(?={re.escape(token[1:])})" for token in known)
+
+    def _parts(self, text: str) -> list[str]:
+        return re.split(self._cuts, text) if self._cuts else [text]
 
     def _load(self, text: str) -> None:
         import tokenizers
@@ -144,10 +152,13 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, uint32 (n,)."""
-        return np.array(self._encode(text).ids, np.uint32)
+        return np.concatenate([np.array(self._encode(part).ids, np.uint32) for part in self._parts(text)])
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """A token's bytes reach from the furthest end of the tokens before it to its own, by the library's offsets."""
+        parts = self._parts(text)
+        if len(parts) > 1:
+            return tuple(map(np.concatenate, zip(*map(self.encode_with_bytes, parts))))
         encoding = self._encode(text)
         point = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         position = np.concatenate([[0], np.cumsum(1 + (point > 0x7F) + (point > 0x7FF) + (point > 0xFFFF))])

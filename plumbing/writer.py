@@ -152,8 +152,8 @@ class DataWriter:
                 for file in writer.files.values():
                     stack.callback(file.close)
 
-    def leave_out_small(self):
-        """Remove the domains that are too small to be used, and say so. ValueError if no other is left."""
+    def leave_out_small(self) -> list[str]:
+        """Remove the domains that are too small to be used. Returns what to say. ValueError if no other is left."""
         advice = "give more text or more documents, raise --held_out or lower --window"
         lacks = {domain: writer.too_small() for domain, writer in sorted(self.domains.items())}
         lines = [f"domain {domain}: left out, it has {lack}" for domain, lack in lacks.items() if lack]
@@ -161,8 +161,7 @@ class DataWriter:
             raise ValueError(f"no domain has enough text ({advice}): {'; '.join(lines) or 'there are no documents'}")
         for domain in [domain for domain, lack in lacks.items() if lack]:
             shutil.rmtree(self.domains.pop(domain).folder)
-        if lines:
-            print("\n".join(lines), advice, sep="\n")
+        return [*lines, advice] if lines else []
 
     def write_meta(self, options: dict):
         """Write meta.json, which says what the files hold and how they were made."""

@@ -494,6 +494,18 @@ def test_nobody_reads_the_output(monkeypatch, capfd):
     assert end.value.code == 1 and capfd.readouterr().err == ""
 
 
+def test_no_room_for_the_output(monkeypatch, capfd):
+    """As where a log is on a full disk; and where stdout was closed."""
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    with pytest.raises(SystemExit) as end:
+        command_line.command(lambda: print("a result"))
+    sys.stdout.close()
+    error = capfd.readouterr().err
+    assert end.value.code == 1 and "could not print: No space left" in error and error.count("\n") == 1
+    monkeypatch.setattr(sys, "stdout", None)
+    command_line.command(lambda: print("a result"))
+
+
 def test_torchruns_report_ends_with_our_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setenv("LOCAL_RANK", "1")  # the first process prints it

@@ -21,6 +21,7 @@ from plumbing.continuation import (
     log_likelihoods,
     make_questions,
     read_questions,
+    write_all,
     write_questions,
 )
 from plumbing.data import TokenData
@@ -252,6 +253,19 @@ def test_files_of_questions(tmp_path):
             read_questions(tmp_path / "bad.jsonl")
 
 
+def test_a_domain_cannot_name_a_file_elsewhere(tmp_path):
+    questions = [Question("q", "a", "b", 0)]
+    write_all(str(tmp_path / "q"), {"../../evil": questions, "a/b": questions, "é": questions})
+    assert sorted(file.name for file in tmp_path.rglob("*.jsonl")) == [
+        "%2E.%2F..%2Fevil.jsonl",
+        "a%2Fb.jsonl",
+        "é.jsonl",
+    ]
+    assert read_questions(tmp_path / "q" / "a%2Fb.jsonl") == questions
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "q" / "é.jsonl").read_bytes())
+    assert read_questions(tmp_path / "bom.jsonl") == questions
+
+
 def test_what_is_written_can_be_read(tiny_data, tmp_path):
     """A single question, too, whose label must not be 1."""
     data, tokenizer = TokenData(tiny_data), load_tokenizer("byte")
@@ -265,10 +279,14 @@ def test_what_is_written_can_be_read(tiny_data, tmp_path):
 
 def test_the_command(chain, tiny_data, tmp_path, monkeypatch, capsys):
     models = [chain[0]["pretrain"], chain[0]["prune"]]
-    args = [*models, f"--data={tiny_data}", "--split=train", "--sequences=30"]
+    args = [*models, f"--data={tiny_data}", "--split=train"]
     # a window of 64 tokens is too short for the model of the tests to see a whole question: it still beats chance
     assert (
-        run(monkeypatch, *args, "--continuation", f"--json={tmp_path / 'a.json'}", "--write_questions", tmp_path) == 0
+        run(
+            *(monkeypatch, *args, "--sequences=30", "--continuation", f"--json={tmp_path / 'a.json'}"),
+            *("--write_questions", tmp_path),
+        )
+        == 0
     )
     table, first = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())["models"]
     rows = first[str(models[0])]

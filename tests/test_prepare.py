@@ -373,6 +373,9 @@ def test_memory_for_shared_text_is_constant(monkeypatch):
             )
         assert sample.count <= 20_000
     assert sample.limit < 2**64 // shared.SAMPLE  # it did not fit
+    arrays = len(sample.train)
+    sample.add("a", False, sample_stretches([b"short"]))
+    assert len(sample.train) == arrays
     assert sample.shares()["a"] == pytest.approx(1901 / 5901, abs=0.04)
 
 
@@ -457,6 +460,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     for name in ("._a.jsonl", ".DS_Store", "README.md", "data.csv", "more.csv", "a.jsonl.xz"):
         (folder / "d" / name).write_bytes(b"\x00\x05\x16\x07")
     (folder / "d" / "info.json").write_text(json.dumps({"rows": 80}, indent=1))
+    (folder / "d" / "line.json").write_text(json.dumps({"rows": 80}))
     for name in ("__MACOSX", ".git", "d/__MACOSX", "pictures"):
         (folder / name).mkdir()
         (folder / name / "x.jsonl").write_bytes(jsonl(["hidden"] if name != "pictures" else []))
@@ -469,7 +473,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
         "1 .md files, as ",
         "2 .csv files, as ",
         "1 .xz files, as ",
-        "1 .json files of one object without a text, as ",
+        "2 .json files of one object without a text, as ",
         "1 files that are in no sub-folder, as ",
     ):
         assert f"left out: {line}" in out
@@ -481,7 +485,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     (folder / "d" / "b.txt").write_text("text")
     (folder / "d" / "deep" / "a.jsonl").write_bytes(jsonl(texts_for("x"), "x"))
     (other / "b.jsonl").write_bytes(jsonl(texts_for("y"), "y"))
-    for name in ("d/gone.jsonl", "pictures/x.jsonl", "stray.jsonl", "d/info.json"):
+    for name in ("d/gone.jsonl", "pictures/x.jsonl", "stray.jsonl", "d/info.json", "d/line.json"):
         (folder / name).unlink()
     prepare(str(folder), tmp_path / "field", window=64, held_out=0.2, domain_field="meta.set")
     assert "left out: 1 .txt files, which name no domain, as " in capsys.readouterr().out
@@ -524,6 +528,18 @@ def test_a_single_line_is_cut_within(tmp_path):
     (tmp_path / "c" / "d" / "a.txt").write_text("wörter " * 3000, encoding="utf-8")
     prepare(str(tmp_path / "c"), tmp_path / "out", window=64, held_out=0.2)
     assert TokenData(tmp_path / "out").meta["domains"]["d"]["train"]["bytes"] == pytest.approx(0.8 * 24_000, abs=8)
+
+
+def test_long_lines_do_not_hold_out_more(tmp_path):
+    """A book in a line, and a title line before a long one: the held-out share is what was asked for."""
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    books = ["".join(chr(97 + i) for i in range(n, n + 5)) * 20_000 for n in range(10)]
+    for name, lines in (("a", books), ("b", ["title", "x y " * 30_000])):
+        (tmp_path / "c" / "d" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    prepare(str(tmp_path / "c"), tmp_path / "out", window=64, held_out=0.05)
+    counts = TokenData(tmp_path / "out").meta["domains"]["d"]
+    size = {split: counts[split]["bytes"] for split in SPLITS}
+    assert 0.05 * 0.95 < 1 - size["train"] / sum(size.values()) < 2 * 0.05
 
 
 BAD_LINES = [
@@ -643,8 +659,10 @@ def test_parquet_without_pyarrow_or_text(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "d" / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet: no column text; there are content"):
         prepare(str(tmp_path), tmp_path / "out")
-    rows = {"text": ["a", None, "b"], "meta": [{"set": "x", "n": 1}, {"set": "y", "n": 2}, {"set": None, "n": 3}]}
-    parquet.write_table(pyarrow.table(rows), tmp_path / "d" / "a.parquet")
+    day = pyarrow.scalar(10**7, pyarrow.date32())  # after the year 9999: Python has no such date, and nobody needs it
+    sets = pyarrow.array(["x", "y", None])
+    meta = pyarrow.StructArray.from_arrays([sets, pyarrow.array([day] * 3, pyarrow.date32())], ["set", "day"])
+    parquet.write_table(pyarrow.table({"text": ["a", None, "b"], "meta": meta}), tmp_path / "d" / "a.parquet")
     left_out = LeftOut()
     found = list(read_file(File(None, tmp_path / "d" / "a.parquet"), left_out, "meta.set"))
     assert [(domain, text) for domain, text, _ in found] == [("x", "a")] and left_out.lines == 3
@@ -758,7 +776,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 def test_command_twice_and_with_other_options(command, tiny_corpus, tmp_path):
     args = [tiny_corpus, "--out", tmp_path / "a", "--window=128", "--held_out=0.1", "--workers=1"]
-    for already in ("", ": already prepared"):
+    for already in ("", ": already prepared; to take up text that has changed since, delete it"):
         status, out, error = command(*args)
         assert (status, error) == (0, "")
         assert out.endswith(f"{tmp_path / 'a'}{already}\n") and re.search(r"sums +1\d\d ", out)
@@ -769,11 +787,61 @@ def test_command_twice_and_with_other_options(command, tiny_corpus, tmp_path):
     del edit["options"]["domains"]  # made before that was an option
     (tmp_path / "a" / "meta.json").write_text(json.dumps(edit))
     assert command(*args)[0] == 0
+    status, _, error = command(tmp_path / "a", "--verify", "--domains=sums")
+    assert status == 2 and "--verify reads a data set, and takes no --domains" in error
     assert command(tmp_path / "a", "--verify") == (0, f"{tmp_path / 'a'}: every file is as it was written\n", "")
     file = tmp_path / "a" / "sums" / "val.bin"
     file.write_bytes(file.read_bytes().replace(b"1", b"2", 1))
     status, _, error = command(tmp_path / "a", "--verify")
     assert status == 2 and error.count("\n") == 1 and f"{file}: its CRC-32 is" in error
+
+
+def test_a_tokenizer_that_was_changed_in_place(tiny_corpus, bpe_file, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = shutil.copytree(bpe_file.parent, tmp_path / "t")
+    made = [str(tiny_corpus), tmp_path / "a", str(folder)]
+    assert prepare(*made, window=128, held_out=0.1) and not prepare(*made, window=128, held_out=0.1)
+    bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bpe.normalizer = tokenizers.normalizers.Lowercase()
+    bpe.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="exists, made with .* as it was, and it has changed; delete it"):
+        prepare(*made, window=128, held_out=0.1)
+
+
+def test_the_end_token_of_a_unigram_model_stays_text(tmp_path):
+    """Such a model has </s> as a piece like any other: without care its letters in a text would end a document."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = [("<unk>", 0.0), ("<s>", -1.0), ("</s>", -1.0), *((c, -2.0) for c in "▁abcdefghijklmnopqrstuvwxyz<>/.")]
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    model.save(str(tmp_path / "tokenizer.json"))
+    assert 2 in model.encode("and </s> more").ids
+    unigram, text = load_tokenizer(str(tmp_path / "tokenizer.json")), "and </s> more </s> of it.</s>"
+    ids, sizes = unigram.encode_with_bytes(text)
+    assert unigram.eot == 2 and 2 not in ids and sizes.sum() == len(text)
+    assert unigram.encode(text).tolist() == ids.tolist()
+    assert unigram.encode("abc").tolist() == model.encode("abc").ids
+
+
+def test_a_wrong_place_is_refused_before_the_work(tiny_corpus, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "not" / "there")
+    monkeypatch.setattr(prepare_data, "write_domains", None)  # nothing is read
+    with pytest.raises(ValueError, match="link: exists and is no data set"):
+        prepare(str(tiny_corpus), tmp_path / "link")
+    (tmp_path / "c" / "meta.json").mkdir(parents=True)
+    (tmp_path / "c" / "meta.json" / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="meta.json"):
+        prepare(str(tmp_path / "c"), tmp_path / "out")
+
+
+def test_what_is_made_stays_where_nobody_reads(tmp_path, monkeypatch):
+    """As under `prepare_data.py ... | head -1`, where something was left out."""
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(jsonl([*texts_for("a"), " "]))
+    monkeypatch.setattr(prepare_data, "print", lambda text, **_: text.startswith("left out") and 1 / 0, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        prepare(str(tmp_path / "c"), tmp_path / "out", window=64, held_out=0.2)
+    TokenData(tmp_path / "out").verify()
 
 
 def test_home_folder(command, tiny_corpus, tmp_path, monkeypatch):
