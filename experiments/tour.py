@@ -109,7 +109,7 @@ def gate() -> Figure:
         ax.set_title(f"log α = {log_alpha:.0f}".replace("-", "−"))
         ax.tick_params(axis="x", pad=9)
     axes["a"].set_ylabel("probability (%)")
-    axes["b"].set_xlabel("gate z    (green: exactly 0, exactly 1; ▲: in an evaluation)")
+    axes["b"].set_xlabel("gate z    (green: exactly 0, exactly 1; ▲: without noise)")
 
     s, steps, _, masks = gated_run()
     at = np.arange(1, len(steps) + 1)
@@ -136,14 +136,14 @@ def constraint() -> Figure:
     first = gated_run()[0].phi
     columns = {f"φ from {first:g}": gated_run(), "φ from 0": gated_run(phi=0.0, fade=0)}
     fig, grid = figure(7.6, 3, 2, sharex=True, sharey="row")
-    look, off = styles(list(NAMES)), {}
+    look, off, target = styles(list(NAMES)), {}, {"color": BLACK, "ls": ":", "lw": 1.5, "zorder": 3}
     for (title, (s, steps, *_)), axes in zip(columns.items(), grid.T):
         stats = [r["stats"] for r in steps[: s.settle_at]]
         at = np.arange(1, len(stats) + 1)
         for g in stats[0]:
             value = {key: np.array([r[g][key] for r in stats]) for key in stats[0][g]}
             color = look[g]["color"]
-            axes[0].plot(at, 100 * value["target_sparsity"], color=color, ls=":", lw=1.5)
+            axes[0].plot(at, 100 * value["target_sparsity"], **target)
             axes[0].plot(at, 100 * value["sparsity"], color=color)
             axes[1].plot(at, value["lambda"], color=color)
             axes[2].plot(at, value["phi"], color=color)
@@ -153,10 +153,10 @@ def constraint() -> Figure:
         axes[2].set_xlabel("step")
     for ax, label in zip(grid[:, 0], ("sparsity s (%)", "λ (nats)", "φ (nats)")):
         ax.set_ylabel(label)
-    entries = [entry(NAMES[g], color=look[g]["color"]) for g in stats[0]] + [entry("target t", ls=":", lw=1.5)]
+    entries = [entry(NAMES[g], color=look[g]["color"]) for g in stats[0]] + [entry("target t", **target)]
     fig.legend(handles=entries, loc="outside lower center", ncols=3)
-    text = ", ".join(f"{miss:.1f} ({title})" for title, miss in off.items())
-    fig.suptitle(f"At the end, s is at most so many percent of the gates off: {text}", x=0.01, ha="left")
+    text = ", ".join(f"{miss:.1f} % ({title})" for title, miss in off.items())
+    fig.suptitle(f"At the end, s misses t by at most {text}", x=0.01, ha="left")
     return fig
 
 
@@ -305,7 +305,7 @@ def law(run: Path = CONTINUE) -> Figure:
                 ax.plot(steps[n - 1 :], curves[i][n - 1 :], color=color)
                 ax.plot(steps[-1], curves[i][-1], "D", ms=7, mfc="none", mew=1.5, color=color, clip_on=False)
         ax.set(xlabel="step", title=f"{word} predicted: {metrics.domains[i]}")
-        ax.annotate(f"mean miss {mean[i]:.3f}", (0.97, 0.93), xycoords="axes fraction", ha="right", **LIKE)
+        ax.annotate(f"mean error {mean[i]:.3f}", (0.97, 0.93), xycoords="axes fraction", ha="right", **LIKE)
     grid[0, 0].set_ylabel("validation loss (nats/token)")
     entries = [entry(f"from {100 * share:.0f} %", color=color) for share, color in colors.items()]
     fig.legend(handles=[entry("measured", color="#777777"), *entries], loc="outside lower center", ncols=5)
