@@ -116,7 +116,7 @@ def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> n
     """Move the reference ratio towards the weights, p <- delta · q + (1 - delta) · p (section 3.3), within bounds.
 
     Each share is clipped to [1/bound, bound] times its initial value, then, renormalised, to the initial smallest and
-    largest; the last renormalisation may move it a little beyond. So equal initial shares stay where they are.
+    largest; the last renormalisation may move it beyond. So equal initial shares stay where they are.
     ValueError outside of LIMITS.
     """
     ratio, q, initial = (np.asarray(x, np.float64) for x in (ratio, q, initial))

@@ -21,6 +21,7 @@ import math
 import statistics
 import time
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -170,8 +171,12 @@ def main():
         if args.asking:
             asked = make_or_read(data, tokenizer, args.split, args.sequences, args.seed, args.questions)
             questions = {domain: [encode(tokenizer, q) for q in of_domain] for domain, of_domain in asked.items()}
+            choices = (choice for of_domain in questions.values() for q in of_domain for choice in q.choices)
+            check_ids(models, {i for choice in choices for i in choice.ids})
             if args.write_questions:
                 write_all(args.write_questions, asked)
+        if args.sample is not None:
+            check_ids(models, tokenizer.encode(args.sample))
     # As in training, the weights stay float32. One context for each model: bfloat16 copies live as long as it does.
     precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     if args.sample is not None:
@@ -250,6 +255,14 @@ def check(args: argparse.Namespace, data: TokenData, models: dict[str, Llama]) -
         raise ValueError(f"--seq_len {args.seq_len}: the models take 1 to {longest} tokens")
     for domain in data.domains:
         data.eval_sequences(domain, args.split, args.seq_len, 1)  # raises where there is too little text
+
+
+def check_ids(models: dict[str, Llama], ids: Iterable[int]) -> None:
+    """ValueError where a model has no embedding for one of these token ids: its tokenizer may have more tokens."""
+    largest = max(ids, default=0)
+    for path, model in models.items():
+        if largest >= model.config.vocab_size:
+            raise ValueError(f"{path}: it has {model.config.vocab_size} tokens, and the text holds the id {largest}")
 
 
 def utf8(text: str) -> str:

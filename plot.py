@@ -239,7 +239,7 @@ def forecast(run: Metrics, domain: str) -> dict | None:
     """The evaluation whose fitted curve is drawn: the newest, or, of a finished run, the first from half time on."""
     steps = run.info["steps"]
     fitted = [e for e in run.evals if get(e, "curve", "loss", domain) and get(e, "prediction", domain) is not None]
-    fitted = [e for e in fitted if e["step"] < steps]
+    fitted = [e for e in fitted if e["step"] < steps and e["curve"]["step"][-1] == steps]  # not of before steps grew
     if run.end:
         fitted = [e for e in fitted if e["step"] >= steps / 2][:1]
     return fitted[-1] if fitted else None
@@ -406,7 +406,7 @@ def comparison_figure(runs: list[Metrics]) -> Figure:
             # NaN, a gap, where a domain is missing: an average over fewer domains is another measure
             draw(ax, tokens, reduce(values, axis=0), marker, color=color, ls=ls, lw=lw, gid=f"{kind} {name}")
             if run.end:
-                at = float(run.info["tokens_per_step"] * run.end["step"])
+                at = float(run.evals[-1]["tokens"])  # not steps times tokens: a run may go on with larger batches
                 ax.plot(at, reduce(final), "*", ms=15, color=color, mec="white", clip_on=False, zorder=5)
         dots.plot([*final, final.mean()], rows, marker or "o", ms=10, color=color, alpha=0.8, gid=f"final {name}")
     zoom(ax)

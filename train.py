@@ -15,6 +15,7 @@ on the weights and log_alpha while lambda and phi ascend. Every `eval_interval` 
 domains move the domain weights (dro.py). A run that is stopped goes on from its newest checkpoint.
 """
 
+import gc
 import math
 import shutil
 import sys
@@ -62,6 +63,7 @@ class Trainer:
         SystemExit when the run is told to stop before the last."""
         s, masks, engine, optimizer, meter = self.s, self.masks, self.engine, self.optimizer, self.meter
         end = s.cut_at if masks else s.steps
+        gc.collect()  # after a cut: the large model is in cycles that nothing else holds
         per_token = parallel.size() / (s.batch_size * s.seq_len)  # of this process: gradients are averaged, not summed
         for step in range(first, end):
             set_learning_rates(optimizer, s, step)
@@ -354,6 +356,7 @@ def main():
     if what is None:
         return
     trainer, run, log, make = what
+    del what  # after a cut, nothing may hold the large model
     first = run.state["step"] if run.state else 0
     try:
         if trainer.masks and first == s.cut_at < s.steps:  # at once, or in the moment that was saved
@@ -369,6 +372,8 @@ def main():
         trainer.finish(run, log, make)
     except SystemExit:  # a checkpoint that is still being written is a good one, however the run ends
         run.finish_save()
+        raise
+    except BrokenPipeError:  # nobody reads what is printed: for `command`
         raise
     except OSError as error:
         newest = newest_checkpoint(run.path)

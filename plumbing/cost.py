@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from masks import check_target
 from model import LOGITS_AT_ONCE, LlamaConfig, read_config
-from plumbing import parallel
+from plumbing import parallel, records
 from plumbing.command_line import load
 from plumbing.data import MicroBatch
 from plumbing.models import model_directory
@@ -40,7 +41,7 @@ GPUS = {  # name -> memory in bytes that a process can use
 }
 RESERVE = 4 * GIB
 MOST_GPUS = 1024  # that a dry run tries
-BYTES = 257  # vocabulary of a model from scratch: the data set is not looked at
+BYTES = 257  # vocabulary of byte tokens
 PUBLISHED = {  # shapes of models that are not at hand yet
     "Llama-2-7b-hf": LlamaConfig(32000, 32, 4096, 32, 32, 128, 11008, 4096),
     "Meta-Llama-3-8B": LlamaConfig(128256, 32, 4096, 32, 8, 128, 14336, 8192, rope_theta=5e5),
@@ -101,7 +102,7 @@ def shape_of(s: Settings) -> LlamaConfig:
     """Shape of the model that a run starts from: from scratch, of a model directory or run, or, where that is not there
     yet, a published one or what its config will make."""
     if not s.init_from:
-        return s.shape_from_scratch(BYTES)
+        return s.shape_from_scratch(data_of(s)[0])
     if (directory := model_directory(s.init_from)) is not None:
         return read_config(directory)
     name = Path(s.init_from).name
@@ -113,6 +114,16 @@ def shape_of(s: Settings) -> LlamaConfig:
     before = load(Settings, [str(config)])
     source = shape_of(before)
     return before.target_shape(source) or source
+
+
+def data_of(s: Settings) -> tuple[int, int]:
+    """Vocabulary of the data set, and number of domains. Where it is not there yet: that of byte tokens, and as many
+    domains as the settings name, or one."""
+    file, named = Path(s.data) / "meta.json", len(s.domains) or len(s.ratio)
+    if not file.is_file():
+        return BYTES, named or 1
+    meta = records.read(file, records.Meta, "a data set's description")
+    return meta["vocab_size"], len(s.domains) or len(meta["domains"])
 
 
 def parts(c: LlamaConfig) -> dict[str, int]:
@@ -232,6 +243,10 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     for kind, n_bytes in snapshot.items():
         if kind != "Total":
             result[KINDS.get(kind.value, "activations")] += n_bytes
+    # where it is cut out at once, the source is there before the first step: its weights, and DDP's buckets
+    whole = 0 if s.cut_at or not s.is_pruning else 4 * source.n_params() / n * (2 if processes > n else 1)
+    if whole > snapshot["Total"]:
+        return dict.fromkeys(ROWS, 0.0) | {"weights": whole, "all": whole}
     return {**result, "all": snapshot["Total"]}
 
 
@@ -288,7 +303,7 @@ class Work(NamedTuple):
 
     tokens: int  # that it is trained on
     evaluations: int
-    domains: int  # 1 where the settings do not say how many there are
+    domains: int  # 1 where neither the data set nor the settings say how many there are
     eval_tokens: int
     flops: float  # of training and evaluation, recomputed ones too
 
@@ -297,7 +312,7 @@ def work_of(s: Settings, source: LlamaConfig) -> Work:
     """What the run of these settings computes. Until the cut it trains the source, and then the target."""
     target, tokens = s.target_shape(source), s.steps * s.batch_size * s.seq_len
     cut_at = s.cut_at if target else s.steps
-    evaluations, domains = -(-s.steps // s.eval_interval) + 1, len(s.domains) or len(s.ratio) or 1
+    evaluations, (_, domains) = -(-s.steps // s.eval_interval) + 1, data_of(s)
     eval_tokens = evaluations * s.eval_sequences * domains * s.seq_len
     passes = 4 if s.activation_checkpointing else 3  # the backward pass counts twice
     flops = 0.0
@@ -313,7 +328,8 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     total, peak = memory_of(s.gpu), peak_of(s.gpu, s.dtype)
     s.split_batch(s.world_size)
     source = shape_of(s)
-    target = s.target_shape(source)
+    if target := s.target_shape(source):
+        check_target(source, target)
     cut_at = s.cut_at if target else s.steps  # until then the source is trained, and then the target
     trained = source if cut_at else target
     if (need := least(trained, 1, s.seq_len, MOST_GPUS)) > total:  # the numbers may be beyond what torch can count, too
@@ -328,7 +344,9 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
         row(f"  {part}", "".join(f"{shape[part]:>16,}" for shape in shapes))
     row("  all", "".join(f"{sum(shape.values()):>16,}" for shape in shapes))
     row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {work.tokens:,} tokens")
-    known = f"{work.domains} domains" if s.domains or s.ratio else "each domain"
+    known = f"{work.domains} domains" if work.domains > 1 else "one domain"
+    if work.domains == 1 and not (Path(s.data) / "meta.json").is_file():
+        known += f" ({s.data} is not there)"
     times = f"{work.evaluations:,} times {s.eval_sequences} sequences"
     row("evaluation", f"{times} of {known}: {work.eval_tokens:,} tokens")
     again = f" + {recomputed:.3g} recomputed" if recomputed else ""

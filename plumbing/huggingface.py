@@ -204,8 +204,8 @@ def stored(path: Path) -> Iterator[tuple[str, Place]]:
 
 def stored_dtype(path: Path) -> torch.dtype:
     """The dtype that most weights of a directory are stored in."""
-    counts = Counter(place.dtype for _, place in stored(path))
-    return DTYPES[counts.most_common(1)[0][0]]
+    counts = Counter(place.dtype for _, place in stored(path) if place.dtype in DTYPES)
+    return DTYPES[counts.most_common(1)[0][0]] if counts else torch.float32  # `open_weights` will refuse it
 
 
 def open_weights(path: Path, shapes: dict[str, torch.Size], tied: bool) -> Callable[..., Tensor]:

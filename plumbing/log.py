@@ -41,7 +41,9 @@ class Meter:
     def add(self, domain: Tensor, nll: Tensor) -> None:
         """Count the cross entropies (b, T) of a micro-batch, whose domains are (b,)."""
         tokens = torch.full_like(domain, nll.shape[1], dtype=torch.float64)
-        self.sums.index_add_(1, domain, torch.stack((nll.detach().sum(1, dtype=torch.float64), tokens)))
+        # multiples of 2^-20 have the same sum in any order: over processes, and where a run was stopped and went on
+        total = nll.detach().sum(1, dtype=torch.float64).mul(2**20).round().div(2**20)
+        self.sums.index_add_(1, domain, torch.stack((total, tokens)))
 
     def found_inf(self, step: int, norm: Tensor) -> Tensor:
         """Keep the norm of a step's gradients. Returns what AdamW reads as `found_inf`: 1 from the first step on whose

@@ -52,6 +52,9 @@ def start(device: torch.device) -> torch.device:
     if "WORLD_SIZE" not in os.environ:
         return device
     if device.type == "cuda":
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            if name not in os.environ:
+                raise ValueError(f"WORLD_SIZE is set, but {name} is not: start it with torchrun")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if (
             int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
@@ -272,6 +275,16 @@ class Engine:
         self.module = model
         if size() > 1 and not is_sharded(model):
             self.module = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self._order_buckets()
+
+    def _order_buckets(self) -> None:
+        """DDP orders its buckets anew after its first backward pass. Let that be one of two tokens, here: so a run that
+        goes on adds gradients in the same order, and gets the same bytes, as one that did not stop."""
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with torch.compiler.set_stance("force_eager"):  # a compiled layer would be compiled for this shape
+            self(tokens, targets=tokens).sum().backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     def __call__(self, tokens: Tensor, z: Gates | None = None, targets: Tensor | None = None) -> Tensor:
         """As the model's forward."""

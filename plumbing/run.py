@@ -186,7 +186,7 @@ class Run:
             self.changed.pop(name, None)
         if self.origin == self.path:
             self._refuse({k: (was, now) for k, (was, now) in self.changed.items() if k != "steps" or now < was})
-        elif self.state["step"] >= self.settings["steps"]:
+        elif self.state["step"] > self.settings["steps"]:
             raise ValueError(f"steps = {self.settings['steps']}: {self.checkpoint} has {self.state['step']} already")
 
     def _check_config(self) -> None:

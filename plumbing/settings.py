@@ -34,7 +34,9 @@ class Settings:
     ] = "auto"
     save_interval: Annotated[int, Free, POSITIVE, "steps between checkpoints"] = 200
     keep_checkpoints: Annotated[int, Free, POSITIVE, "number of checkpoints to keep; older ones are removed"] = 2
-    stop_at: Annotated[int, Free, NOT_NEGATIVE, "save and stop after this step; 0 means to train to the end"] = 0
+    stop_at: Annotated[
+        int, Free, NOT_NEGATIVE, "save and stop after this step, if it is still to come; 0 means to train to the end"
+    ] = 0
 
     init_from: Annotated[
         str, Group("model"), "model directory or run to start from; '' means from scratch with the shape below"
@@ -147,7 +149,8 @@ class Settings:
     bound: Annotated[
         float,
         Limits(1, 1e12),
-        "the reference ratio stays within 1/bound and bound times the initial one, domain by domain",
+        "each share of the reference ratio is kept within 1/bound and bound times its initial value; then they "
+        "are made to sum to 1, which may move one further",
     ] = 2.0
     step_size: Annotated[float, Limits(0, 1e12), "step size of the sheared schedule"] = 1.0
     clip_excess: Annotated[

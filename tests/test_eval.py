@@ -11,6 +11,7 @@ from conftest import run as train_run
 
 import eval as eval_module
 from experiments import bench
+from model import Llama, LlamaConfig
 from plumbing import tables
 from plumbing.data import TokenData
 from plumbing.tokenizer import load_tokenizer
@@ -168,6 +169,15 @@ def test_a_sample_begins_with_bos(chain, tiny_data, monkeypatch, capsys):
             assert run(monkeypatch, chain[0]["pretrain"], f"--data={tiny_data}", f"--sample={text}") == 0
             assert capsys.readouterr().out.splitlines()[1:] == [text]
     assert prompts == [[97, 98], [256], [1, 97, 98], [1]]
+
+
+def test_a_text_that_the_model_has_no_token_for(tiny_data, tmp_path, monkeypatch, capsys):
+    """The tokenizer of the data may have more tokens than the model has rows."""
+    Llama(LlamaConfig(110, 1, 16, 1, 1, 16, 16, 64)).save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(eval_module, "check_tokenizer", lambda *_: None)
+    assert run(monkeypatch, tmp_path / "m", f"--data={tiny_data}", "--sample=a bad egg") == 0
+    assert run(monkeypatch, tmp_path / "m", f"--data={tiny_data}", "--sample=two") == 2
+    assert "it has 110 tokens, and the text holds the id 119" in capsys.readouterr().err
 
 
 def test_a_sample_continues_the_text(chain, tiny_data, monkeypatch, capsys):

@@ -289,3 +289,7 @@ def test_a_model_is_exported_in_the_dtype_that_most_of_it_has(tmp_path):
         tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
         save_file(tensors, tmp_path / "model.safetensors")
         assert stored_dtype(tmp_path) == dtype
+    save_file({"x": torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")  # what no model has:
+    assert stored_dtype(tmp_path) == torch.float32  # reading it says so, in one line
+    save_file({}, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) == torch.float32

@@ -120,6 +120,18 @@ def test_one_process_is_continued_by_four_sharded_ones(pruning, tmp_path, monkey
     assert_same(metrics(tmp_path / "x"), expected)
 
 
+def test_three_processes_that_stopped_are_three_that_did_not(pruning, tmp_path):
+    """To the last byte. Of three numbers, unlike of two, the order decides what their sum is: DDP must keep to one."""
+    args, _ = pruning
+    mine = [*args, "--batch_size=12", "--gate_samples=1", "--steps=6", "--sparsity_warmup=2", "--log_interval=6"]
+    for name, stops in (("a", [0]), ("b", [2, 0])):
+        for stop in stops:
+            done = fresh(script, "train.py", *mine, f"--out={tmp_path / name / 'x'}", f"--stop_at={stop}", n=3)
+            assert done.returncode == 0, done.stderr
+    for file in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "a" / "x" / file).read_bytes() == (tmp_path / "b" / "x" / file).read_bytes()
+
+
 SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
@@ -405,6 +417,26 @@ def test_dry_run_of_pruning():
     gates = 2 + 32 + 2 * 4 + 2 * 48
     assert need["optimizer"] == pytest.approx(8 * (source.n_params() / 2 + gates + 8), rel=0.01)
     assert need["all"] == pytest.approx(sum(need[kind] for kind in cost.ROWS))
+
+
+def test_dry_run_of_a_cut_at_once_knows_the_source():
+    """Before the first step the source is there, in float32, beside DDP's buckets of as many bytes."""
+    args = "--init_from=x --target_n_layer=1 --target_d_model=32 --target_n_head=1 --target_d_ffn=32".split()
+    source = LlamaConfig(257, 4, 512, 8, 8, 64, 1376, 64)
+    for more, bytes_each in ((), 4), (("--world_size=2",), 8), (("--world_size=2", "--parallel=fsdp"), 2):
+        s = load(train.Settings, ["--gates=random", "--batch_size=2", "--seq_len=16", *args, *more])
+        assert cost.memory(s, source, train.rehearse)["all"] == pytest.approx(bytes_each * source.n_params())
+
+
+def test_dry_run_looks_at_the_data(tiny_data, monkeypatch, capsys, tmp_path):
+    """Its vocabulary and its domains, where it is there; and it refuses a target that cannot be, as the run does."""
+    run(monkeypatch, f"--data={tiny_data}", "--dry_run", "--steps=100", "--eval_interval=50", "--gpu=1GB")
+    assert "of 3 domains: " in capsys.readouterr().out
+    run(monkeypatch, f"--data={tmp_path}", "--dry_run", "--gpu=1GB")
+    assert f"of one domain ({tmp_path} is not there): " in capsys.readouterr().out
+    Llama(LlamaConfig(257, 2, 32, 2, 2, 16, 64, 64)).save_pretrained(tmp_path / "m")
+    assert run(monkeypatch, f"--init_from={tmp_path / 'm'}", "--target_n_layer=9", "--gates=random", "--dry_run") == 2
+    assert "target n_layer = 9 is larger than the source's 2" in capsys.readouterr().err
 
 
 def test_dry_run_of_ddp_knows_that_buckets_stay():

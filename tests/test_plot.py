@@ -307,6 +307,15 @@ def test_loss_of_a_running_run_shows_the_newest_forecast(tmp_path):
     assert fig.axes[0].get_xlim() == (0, 200) and "step 150 of 200" in fig.get_suptitle()
 
 
+def test_a_forecast_of_before_the_run_was_made_longer_is_not_drawn(tmp_path):
+    lines = list(records())
+    for line in lines:
+        if line["type"] == "eval" and line.get("curve"):
+            line["curve"]["step"] = [step / 2 for step in line["curve"]["step"]]  # it ended at step 100
+    fig = plot.loss_figure(plot.read_metrics(write(tmp_path, lines)))
+    assert not any(line.get_gid() == "prediction" for line in fig.axes[0].lines)
+
+
 def test_sparsity(tmp_path):
     lines = list(records("prune"))
     fig = plot.sparsity_figure(plot.read_metrics(write(tmp_path, lines)))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_masks import TARGET as SMALL
 from test_model import random_llama
 from torch import nn
 
+import train
 from eval import domain_losses
 from masks import PruningMasks, extract, kept_indices
 from model import Gates, Llama
@@ -173,6 +175,26 @@ def test_what_is_fixed_stays(settled, at, other, message, tmp_path, monkeypatch,
     again = [*args, "--steps=40", *other.split(), f"--resume={out / 'checkpoints' / f'step_{at:06d}'}"]
     assert run(monkeypatch, *again, f"--out={tmp_path / 'x'}") == 2
     assert re.search(message, capsys.readouterr().err) and not (tmp_path / "x").exists()
+
+
+def test_the_large_model_is_gone_after_the_cut(settled, tmp_path, monkeypatch):
+    """Its weights, gradients and moments would be most of the memory."""
+    _, args = settled
+    gone, train_on = [], train.Trainer.train
+
+    def watched(trainer, *how):
+        if trainer.masks is not None:
+            monkeypatch.setattr(
+                train, "alive", [weakref.ref(trainer.model), weakref.ref(trainer.optimizer)], raising=False
+            )
+        end = train_on(trainer, *how)
+        if trainer.masks is None:
+            gone.extend(ref() is None for ref in train.alive)
+        return end
+
+    monkeypatch.setattr(train.Trainer, "train", watched)
+    assert run(monkeypatch, *args, f"--out={tmp_path / 'x'}") == 0
+    assert gone == [True, True]
 
 
 @pytest.mark.parametrize("stop_at", [14, 20, 23])  # while it fades, at the cut, after it
