@@ -110,7 +110,7 @@ def activation_scores(model: Llama, text: list[Tensor]) -> Scores:
             model(sequence[:, :-1])
     for hook in hooks:
         hook.remove()
-    return Scores(*total)
+    return Scores(*(x / sum(map(len, text)) for x in total))
 
 
 def taylor_scores(model: Llama, text: list[Tensor]) -> Scores:

@@ -98,12 +98,16 @@ def test_what_changes_elsewhere_is_what_counts_there(chain, tmp_path, monkeypatc
     keep = f"--reference_model={out['pretrain']}"
     for wrong, words in (
         (["--domains=['sums', 'brackets', 'animals']"], "in this order"),
-        (["--steps=50", "--sparsity_warmup=20"], "has 50 already"),
+        (["--steps=49", "--sparsity_warmup=20"], "has 50 already"),
         (["--seq_len=32"], "the checkpoint was made with 64"),
     ):
         assert run(monkeypatch, *mine, keep, f"--out={tmp_path / 'y'}", resume, *wrong) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
+    # no step is left, only the model is to be written: where it did not fit into another dtype
+    ended = ["--steps=50", "--sparsity_warmup=20", "--export_dtype=bfloat16"]
+    assert run(monkeypatch, *mine, keep, f"--out={tmp_path / 'z'}", resume, *ended) == 0
+    assert (tmp_path / "z" / "model").is_dir() and metrics(tmp_path / "z")[-1]["type"] == "end"
 
 
 def everything(folder):
