@@ -2,7 +2,6 @@
 
 import ast
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def test_quotes_and_notebook_are_those_of_the_present_files():
 
 
 def test_a_chapter_is_short_and_whole():
-    assert len(re.sub(r"<!--.*?-->", "", PAGE).split()) <= 1800
+    assert len(PAGE.split()) <= 1800
     chapters = PAGE.split("\n## ")[1:]
     assert len(chapters) == len(tour.FIGURES) == 7
     for chapter, figure in zip(chapters, tour.FIGURES):
