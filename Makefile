@@ -1,5 +1,5 @@
 # make demo     everything from nothing: text, a source model, pruning, training on with and without the method,
-#               evaluation, pictures. It takes about fifteen minutes on two CPU cores. Run it again to go on where it was.
+#               evaluation, pictures. It takes about ten minutes on two CPU cores. Run it again to go on where it was.
 # make tour     the figures, quotes and notebook of docs/tour.md, after make demo
 # make test     lint and tests, from nothing
 # make bench    is it fast? All that has a bound, beside what it is compared with

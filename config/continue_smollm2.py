@@ -18,8 +18,6 @@ warmup = 15
 dtype = "float32"
 
 schedule = "dro"
-dynamic_reference = True
-dynamic_ratio = True
 reference_model = "SmolLM2-135M"
 
 eval_interval = 20

@@ -31,8 +31,6 @@ gate_lr = 1.0
 multiplier_lr = 1.0
 
 schedule = "dro"
-dynamic_reference = True
-dynamic_ratio = True
 reference_model = "Qwen3-0.6B"
 
 eval_interval = 50

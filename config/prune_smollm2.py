@@ -34,8 +34,6 @@ log_alpha = 3.0  # a short run starts below the upper clamp (4.6) and with a phi
 phi = 200.0  # otherwise the constraint would not reach its targets by the end
 
 schedule = "dro"
-dynamic_reference = True
-dynamic_ratio = True
 reference_model = "SmolLM2-135M"
 
 eval_interval = 16

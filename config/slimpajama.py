@@ -1,5 +1,6 @@
 """What the runs on SlimPajama share: the data, the method, and how 8 GPUs are used. The other configs start from it."""
 
+base = "paper.py"
 data = "data/slimpajama"
 domains = [
     "RedPajamaCommonCrawl",
@@ -20,9 +21,6 @@ ratio = {
     "RedPajamaStackExchange": 0.02,
 }
 
-schedule = "dro"
-dynamic_reference = True
-dynamic_ratio = True
 law = "paper"
 
 seq_len = 4096

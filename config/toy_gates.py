@@ -7,6 +7,9 @@ kept fades out. The small model is cut out, and the same run trains it on. docs/
 base = "toy_prune.py"
 out = "out/toy_gates"
 
+steps = 700
+warmup = 41
+
 gates = "learned"
 gate_samples = 4
 sparsity_warmup = 100
@@ -18,3 +21,5 @@ gate_lr = 1.0  # the paper's; log_alpha must travel 9.2, from its upper clamp to
 multiplier_lr = 1.0  # the paper's
 log_alpha = 3.0  # a short run starts below the upper clamp (4.6) and with a phi above 0,
 phi = 200.0  # otherwise the constraint would not reach its targets in time
+
+eval_interval = 25

@@ -5,8 +5,8 @@
     python experiments/compare.py --report             # tables and the figure of all that is done
     python experiments/compare.py toy --data data/mine --ratio "{'code': .8, 'prose': .1, 'mail': .1}"
 
-In each seed a source model is trained and pruned, both at the mixture of the text; the seed is that of the source, of
-the gates and of the data order. Then every schedule trains the pruned model on, for as many tokens, from the same
+In each seed a source model is trained and pruned, both at the mixture of the text; the seed is that of the source and
+of the data order. (SmolLM2 is pruned by experiments/pruning.py.) Then every schedule trains the pruned model on, for as many tokens, from the same
 references (the source's validation losses):
 
     constant          the mixture stays
@@ -66,19 +66,24 @@ ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions
 SHARES = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
 
 
+PRETRAIN = {"steps": 1200, "warmup": 120}  # longer than the demo's
+PRUNE = {"steps": 700, "warmup": 41, "eval_interval": 25}
+
+
 @dataclass(frozen=True)
 class Case:
-    """A scale or a text at which schedules are compared. Settings: what differs from the configs of the stages."""
+    """A scale or a text at which schedules are compared. Its settings of a stage: what differs from the config."""
 
     seeds: int
     skew: dict[str, float]
     mixtures: tuple[str, ...] = ("skewed", "own")
     data: str = "data/demo"
     source: str = ""  # a model directory; empty: config/toy_pretrain.py trains one
-    configs: tuple[str, str] = ("config/toy_prune.py", "config/toy_continue.py")
-    shape: dict = field(default_factory=dict)  # of the source
-    target: dict = field(default_factory=dict)
-    length: int = 1  # times as many steps in the last stage
+    pruned: str = ""  # the run that has pruned it, by seed; empty: config/toy_prune.py does
+    config: str = "config/toy_continue.py"
+    pretrain: dict = field(default_factory=PRETRAIN.copy)
+    prune: dict = field(default_factory=PRUNE.copy)
+    train_on: dict = field(default_factory=dict)
     sequences: int = 128  # of each domain, of the test split
 
 
@@ -86,12 +91,19 @@ DEMO = dict(zip(["cpp", "python", "docstrings", "comments", "formulas", "manuals
 LANGUAGES = dict(zip(["en", "de", "fr", "ru", "ja", "zh", "ar"], SHARES))
 LARGER = {"n_layer": 8, "d_model": 256, "n_head": 8, "d_ffn": 688}
 ITS_TARGET = {"target_n_layer": 6, "target_d_model": 192, "target_n_head": 6, "target_d_ffn": 512}
-SMOLLM2 = ("config/prune_smollm2.py", "config/continue_smollm2.py")
+SMOLLM2 = {
+    "data": "data/smollm2",
+    "source": "SmolLM2-135M",
+    "pruned": "out/pruning/smollm2_activation_at_one_stroke_{}",  # docs/pruning.md
+    "config": "config/continue_smollm2.py",
+    "train_on": {"steps": 200, "warmup": 6, "eval_interval": 10},
+    "sequences": 32,
+}
 CASES = {
     "toy": Case(5, DEMO, tuple(MIXTURES)),
-    "long": Case(3, DEMO, length=3),
-    "middle": Case(3, DEMO, shape=LARGER, target=ITS_TARGET),
-    "smollm2": Case(2, DEMO, ("skewed",), "data/smollm2", "SmolLM2-135M", SMOLLM2, sequences=32),
+    "long": Case(3, DEMO, train_on={"steps": 900}),
+    "middle": Case(3, DEMO, pretrain=PRETRAIN | LARGER, prune=PRUNE | ITS_TARGET),
+    "smollm2": Case(2, DEMO, ("skewed",), **SMOLLM2),
     "languages": Case(3, LANGUAGES, data="data/languages"),
 }
 
@@ -120,14 +132,12 @@ def evaluate(file: Path, case: Case, *models: Path) -> None:
 
 def source_of(name: str, seed: int) -> Path:
     """The source model of a seed. `long` has those of the toy."""
-    return (
-        Path(CASES[name].source) if CASES[name].source else OUT / ("toy" if name == "long" else name) / f"{seed}/source"
-    )
+    return Path(CASES[name].source or OUT / ("toy" if name == "long" else name) / f"{seed}/source")
 
 
 def pruned_of(name: str, seed: int) -> Path:
     """The run that prunes it."""
-    return OUT / ("toy" if name == "long" else name) / f"{seed}/pruned"
+    return Path(CASES[name].pruned.format(seed) or source_of(name, seed).with_name("pruned"))
 
 
 def run_of(name: str, seed: int, mixture: str, schedule: str) -> Path:
@@ -144,9 +154,12 @@ def prepare(name: str, seed: int) -> None:
     """The source model and the pruned model of a seed, with their test losses."""
     case, source, pruned = CASES[name], source_of(name, seed), pruned_of(name, seed)
     if not case.source:
-        train("config/toy_pretrain.py", source, seed, data=case.data, **case.shape)
+        train("config/toy_pretrain.py", source, seed, data=case.data, **case.pretrain)
     start = {"data": case.data, "init_from": source, "reference_model": source}
-    train(case.configs[0], pruned, seed, schedule="constant", **start, **case.target)
+    if not case.pruned:
+        train("config/toy_prune.py", pruned, seed, schedule="constant", **start, **case.prune)
+    elif not (pruned / "model").exists():
+        raise ValueError(f"{pruned}: no finished run; experiments/pruning.py makes it")
     evaluate(pruned / "eval.json", case, source, pruned)
 
 
@@ -155,11 +168,9 @@ def judge(name: str, seed: int, mixture: str, schedule: str) -> None:
     case, out = CASES[name], run_of(name, seed, mixture, schedule)
     settings = PAPER | settings_of(schedule)
     settings |= {"data": case.data, "reference_model": source_of(name, seed), "init_from": pruned_of(name, seed)}
-    config = case.configs[1]
+    config, settings = case.config, settings | case.train_on
     if mixture == "skewed, pruning too":
-        config, settings = case.configs[0], settings | case.target | {"init_from": source_of(name, seed)}
-    elif case.length > 1:
-        settings |= {"steps": load(Settings, [config]).steps * case.length}
+        config, settings = "config/toy_prune.py", settings | case.prune | {"init_from": source_of(name, seed)}
     ratio = {} if mixture == "own" else case.skew
     if schedule == "uniform":
         ratio = dict.fromkeys(case.skew, 1)
@@ -369,9 +380,9 @@ def main():
         if not args.case and (args.data or not args.report):
             raise ValueError(f"which case? One of {', '.join(CASES)}, or --report")
         for schedule in args.schedules:
-            load(Settings, [CASES["toy"].configs[1], *(f"--{k}={v}" for k, v in settings_of(schedule).items())])
+            load(Settings, [CASES["toy"].config, *(f"--{k}={v}" for k, v in settings_of(schedule).items())])
         if args.data:
-            given = load(Settings, [CASES[args.case].configs[1], f"--data={args.data}", f"--ratio={args.ratio}"])
+            given = load(Settings, [CASES[args.case].config, f"--data={args.data}", f"--ratio={args.ratio}"])
             domains = TokenData(given.data).domains
             if given.ratio.keys() != set(domains):
                 raise ValueError(f"--ratio needs a share of each domain: {', '.join(domains)}")

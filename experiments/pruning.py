@@ -3,9 +3,9 @@
     python experiments/pruning.py toy [--seeds 3] [--jobs 2] [--rows "magnitude, fading" ...]
     python experiments/pruning.py smollm2 --seeds 1
 
-`toy` needs the data set and the source model of `make demo`, `smollm2` those of docs/smollm2.md. Every row is one run
-of equal settings (the config's) but for what its name says, and sees the same number of tokens. A seed is that of data
-order, gates and random choice.
+`toy` needs the data set of `make demo`, and trains a source model; `smollm2` needs those of docs/smollm2.md. Every row
+is one run of equal settings (the config's, with the paper's mixture) but for what its name says, and sees the same
+number of tokens. A seed is that of data order, gates and random choice.
 
     CHOICE, at one stroke     the small model is cut out before the first step
     CHOICE, fading            what goes fades out in the first 2/7 of the run, then the small model is cut out
@@ -63,7 +63,7 @@ class Scale:
 SCALES = {
     "toy": Scale(
         "config/toy_gates.py",
-        "out/toy_pretrain",
+        "out/pruning/source",
         "data/demo",
         700,
         {"n_layer": 4, "d_model": 96, "n_head": 3, "d_ffn": 256},
@@ -93,9 +93,9 @@ def call(*command) -> None:
 
 
 def train(config: str, out: Path, seed: int, **settings) -> None:
-    """One run on one thread."""
+    """One run on one thread, with the paper's mixture."""
     given = [f"--{key}={value}" for key, value in settings.items()]
-    call("train.py", config, "--threads=1", f"--seed={seed}", f"--out={out}", *given)
+    call("train.py", config, "config/paper.py", "--threads=1", f"--seed={seed}", f"--out={out}", *given)
 
 
 def run(scale: Scale, row: str, seed: int) -> Path:
@@ -103,7 +103,8 @@ def run(scale: Scale, row: str, seed: int) -> Path:
     steps, seventh = scale.steps, scale.steps // 7
     out = OUT / f"{scale.data.removeprefix('data/')}_{row.replace(', ', '_').replace(' ', '_')}_{seed}"
     interval = max(1, steps // scale.evaluations)
-    usual = PAPER | {"steps": steps, "warmup": steps // 17, "eval_interval": interval, "sparsity_warmup": 0}
+    usual = PAPER | {"init_from": scale.source, "reference_model": scale.source}
+    usual |= {"steps": steps, "warmup": steps // 17, "eval_interval": interval, "sparsity_warmup": 0}
     choice, _, way = row.partition(", ")
     dense = dict.fromkeys(("target_n_layer", "target_d_model", "target_n_head", "target_d_ffn"), 0)
     dense["gate_samples"] = 1
@@ -137,6 +138,8 @@ def main():
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, metavar="ROW")
     args = parser.parse_args()
     scale, runs = SCALES[args.scale], {}
+    if args.scale == "toy" and not (ROOT / scale.source / "model").exists():  # it learns for longer than the demo's
+        train("config/toy_pretrain.py", Path(scale.source), 0, schedule="constant", steps=1200, warmup=120)
     with ThreadPoolExecutor(args.jobs) as pool:
         todo = {(row, seed): pool.submit(run, scale, row, seed) for seed in range(args.seeds) for row in args.rows}
         for key, future in todo.items():

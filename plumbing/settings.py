@@ -120,7 +120,7 @@ class Settings:
     dynamic_reference: Annotated[
         bool, "the reference loss comes from the scaling law's prediction (section 3.2); for dro and sheared"
     ] = False
-    dynamic_ratio: Annotated[bool, "the reference ratio follows the weights (section 3.3); for dro"] = False
+    dynamic_ratio: Annotated[bool, "the reference ratio follows the weights (section 3.3); for dro"] = True
     law: Annotated[
         Literal["rate", "paper"],
         "what predicts. rate: eq. 4 with a learning-rate term, fitted to all domains together. paper: the published "
@@ -132,7 +132,7 @@ class Settings:
     reference_model: Annotated[
         str, "model whose validation losses are the first reference losses; '' means that there is none"
     ] = ""
-    rho: Annotated[float, NOT_NEGATIVE, "radius of the robust set (eq. 5)"] = 0.1
+    rho: Annotated[float, NOT_NEGATIVE, "radius of the robust set (eq. 5); 0.1 in the paper"] = 1.0
     floor: Annotated[
         float,
         Limits(0, 0.999),
@@ -144,14 +144,14 @@ class Settings:
         NOT_NEGATIVE,
         "a domain's weight rises by at most its share in the reference ratio for every so many nats of excess (loss "
         "minus reference loss); 0 means no limit, as in the paper",
-    ] = 0.0
-    delta: Annotated[float, SHARE, "how fast the reference ratio follows the weights"] = 0.1
+    ] = 0.2
+    delta: Annotated[float, SHARE, "how fast the reference ratio follows the weights; 0.1 in the paper"] = 0.5
     bound: Annotated[
         float,
         Limits(1, 1e12),
         "each share of the reference ratio is kept within 1/bound and bound times its initial value; then they "
-        "are made to sum to 1, which may move one further",
-    ] = 2.0
+        "are made to sum to 1, which may move one further; 2 in the paper",
+    ] = 16.0
     step_size: Annotated[float, Limits(0, 1e12), "step size of the sheared schedule"] = 1.0
     clip_excess: Annotated[
         bool, "sheared: a loss below its reference counts as equal to it, as in Sheared LLaMA's paper"

@@ -553,12 +553,13 @@ def test_help_names_every_setting_with_its_meaning(capsys):
 @pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "config").glob("*.py")))
 def test_every_shipped_config_loads(config):
     s = load(Settings, [str(ROOT / "config" / config)])
-    if config == "slimpajama.py":  # what others start from
+    if config in ("paper.py", "slimpajama.py"):  # what others start from
         return
     assert s.out == f"out/{config.removesuffix('.py')}"
     if s.stage != "pretrain":
-        full = config != "toy_continue.py"  # which has the source's losses as fixed references: docs/comparison.md
-        assert (s.schedule, s.dynamic_reference, s.dynamic_ratio) == ("dro", full, True)
+        papers = config in {"toy_prune.py", "toy_gates.py"} or s.law == "paper"
+        mixture = ("dro", True, True, 0.1, 0, 0.1, 2) if papers else ("dro", False, True, 1, 0.2, 0.5, 16)
+        assert mixture == (s.schedule, s.dynamic_reference, s.dynamic_ratio, s.rho, s.temperature, s.delta, s.bound)
         assert s.steps // s.eval_interval >= 24
 
 

@@ -1,0 +1,14 @@
+"""The paper's robust mixture: both additions, in the paper's bounds. Other configs start from it, or are followed by it:
+
+    python train.py config/toy_continue.py config/paper.py
+
+The defaults of train.py give the mixture more room and keep the given references: docs/comparison.md has the reasons.
+"""
+
+schedule = "dro"
+dynamic_reference = True
+dynamic_ratio = True
+rho = 0.1
+temperature = 0.0
+delta = 0.1
+bound = 2.0
