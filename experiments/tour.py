@@ -361,7 +361,7 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
     panels = {}
     part = json.loads((docs / "compare/results.json").read_text())["toy"]["skewed"]
     names = {"constant": "constant", "sheared": "Sheared LLaMA's"}
-    names |= {"paper": "DRPruning, paper's settings", "even": "DRPruning, demo's settings"}
+    names |= {"paper": "DRPruning, paper's settings", "even": "DRPruning, defaults"}
     for title, measure in (("toy, skewed: worst domain", "worst"), ("toy, skewed: average", "average")):
         panels[title] = {name: part[key][measure] for key, name in names.items()}, (BLACK, SKY, BLUE, GREEN)
     if (file := docs / "pruning/toy.json").exists():
