@@ -83,6 +83,7 @@ def tell_torchrun(line: str) -> None:
 
 def command(main: Callable[[], None]) -> None:
     """Run a command. It ends in silence where nobody reads its output any more, as in `train.py --help | head`."""
+    allow_open_files()
     try:
         try:
             main()
@@ -96,6 +97,18 @@ def command(main: Callable[[], None]) -> None:
             print(f"{Path(sys.argv[0]).name}: could not print: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
         sys.exit(1)
+
+
+def allow_open_files(wanted: int = 10_000) -> None:
+    """Raise the soft limit on open files as far as the system lets us: a domain has three, and macOS allows 256."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def one_line(text: str, length: int = 80) -> str:

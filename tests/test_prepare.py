@@ -774,6 +774,23 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 # --- the command --------------------------------------------------------------------------------------------------
 
 
+def test_many_domains_where_few_files_may_be_open(tmp_path):
+    """macOS allows 256 open files, unless a program asks for more."""
+    import resource
+
+    def few():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    for i in range(100):
+        (tmp_path / "c" / f"d{i:02}").mkdir(parents=True)
+        (tmp_path / "c" / f"d{i:02}" / "a.txt").write_text(f"{i} " * 200)
+    words = [tmp_path / "c", "--out", tmp_path / "o", "--workers=1", "--window=16", "--held_out=0.5"]
+    command = [sys.executable, "prepare_data.py", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=few, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(TokenData(tmp_path / "o").domains) == 100
+
+
 def test_command_twice_and_with_other_options(command, tiny_corpus, tmp_path):
     args = [tiny_corpus, "--out", tmp_path / "a", "--window=128", "--held_out=0.1", "--workers=1"]
     for already in ("", ": already prepared; to take up text that has changed since, delete it"):
