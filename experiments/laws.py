@@ -267,14 +267,12 @@ def histories() -> list[tuple[str, History]]:
             windows = np.array([list(row[key].values()) for row in rows])  # (n, d, windows)
             for n in (16, WINDOWS):
                 found.append((f"{key}, {n} windows", replace(usual, losses=windows[..., :: WINDOWS // n].mean(-1))))
+    pruned = {}
     for path in sorted(p for schedule in ("constant", "paper") for p in COMPARE.glob(f"*/*/*/{schedule}/eval.json")):
         name, seed, mixture, _ = path.parent.relative_to(COMPARE).parts
-        before = history(pruned_of(name, int(seed)))
-        found += [
-            (f"{name}, pruned", before),
-            (f"{name}, {mixture}", replace(history(path.parent), before=before.until(1))),
-        ]
-    return found
+        before = pruned.setdefault((name, seed), history(pruned_of(name, int(seed))))
+        found.append((f"{name}, {mixture}", replace(history(path.parent), before=before.until(1))))
+    return [*found, *((f"{name}, pruned", before) for (name, _), before in pruned.items())]
 
 
 def main():
