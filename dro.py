@@ -13,8 +13,8 @@
 
 The functions are the mathematics; `Mixture` applies them at each evaluation and holds what little state there is.
 
-    python train.py config/toy_continue.py                     # the defaults of train.py
-    python train.py config/toy_continue.py config/paper.py     # the paper's settings
+    python train.py config/toy_continue.py                                          # the defaults of train.py
+    python train.py config/toy_continue.py config/paper.py --out out/toy_paper      # the paper's settings
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""The paper's robust mixture: both additions, in the paper's bounds. Other configs start from it, or are followed by it:
+"""The paper's robust mixture: both additions, in the paper's bounds. Configs start from it, or are followed by it:
 
-    python train.py config/toy_continue.py config/paper.py
+    python train.py config/toy_continue.py config/paper.py --out out/toy_paper
 
 The defaults of train.py give the mixture more room and keep the given references: docs/comparison.md has the reasons.
 """

@@ -6,8 +6,8 @@
     python experiments/compare.py toy --data data/mine --ratio "{'code': .8, 'prose': .1, 'mail': .1}"
 
 In each seed a source model is trained and pruned, both at the mixture of the text; the seed is that of the source and
-of the data order. (SmolLM2 is pruned by experiments/pruning.py.) Then every schedule trains the pruned model on, for as many tokens, from the same
-references (the source's validation losses):
+of the data order. (SmolLM2 is pruned by experiments/pruning.py.) Then every schedule trains the pruned model on, for as
+many tokens, from the same references (the source's validation losses):
 
     constant          the mixture stays
     uniform           the same, with equal shares
@@ -18,10 +18,10 @@ references (the source's validation losses):
     even              room for the ratio (bound 16, delta .5), rho 1, temperature .2; fixed references
     low               the same with the dynamic reference
 
-Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` starts from the source
-instead, and prunes under each schedule. Degradation is the loss above that of the source. Some models are asked the
-two-choice questions of plumbing/continuation.py, too. Two runs go side by side, on one thread each. Results, tables
-and the figure go to docs/compare/ (with --data: to out/compare/).
+Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` and `own, pruning too` start
+from the source instead, and prune under each schedule. Degradation is the loss above that of the source. Some models
+are asked the two-choice questions of plumbing/continuation.py, too. Two runs go side by side, on one thread each.
+Results, tables and the figure go to docs/compare/ (with --data: to out/compare/).
 """
 
 import argparse
@@ -61,7 +61,7 @@ SCHEDULES = {
     "dro + ratio": {"schedule": "dro", "dynamic_ratio": True},
     "uniform": {"schedule": "constant"},
 }
-MIXTURES = ["skewed", "own", "skewed, pruning too"]
+MIXTURES = ["skewed", "own", "skewed, pruning too", "own, pruning too"]
 ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions
 SHARES = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
 
@@ -169,9 +169,9 @@ def judge(name: str, seed: int, mixture: str, schedule: str) -> None:
     settings = PAPER | settings_of(schedule)
     settings |= {"data": case.data, "reference_model": source_of(name, seed), "init_from": pruned_of(name, seed)}
     config, settings = case.config, settings | case.train_on
-    if mixture == "skewed, pruning too":
+    if mixture.endswith("pruning too"):
         config, settings = "config/toy_prune.py", settings | case.prune | {"init_from": source_of(name, seed)}
-    ratio = {} if mixture == "own" else case.skew
+    ratio = {} if mixture.startswith("own") else case.skew
     if schedule == "uniform":
         ratio = dict.fromkeys(case.skew, 1)
     train(config, out, seed, **settings, ratio=ratio)

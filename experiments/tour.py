@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from dro import COLLECT_FROM, chi2, dro_weights, update_ratio  # noqa: E402
+from dro import COLLECT_FROM, MORE_POINTS_THAN, PREDICT_FROM, chi2, dro_weights, update_ratio  # noqa: E402
 from masks import HardConcrete, extract, kept_indices  # noqa: E402
 from plot import COLORS, NAMES, RAW, STYLE, entry, label_ends, running_mean, styles  # noqa: E402
 from plumbing import choices  # noqa: E402
@@ -109,7 +109,7 @@ def gate() -> Figure:
         ax.set_title(f"log α = {log_alpha:.0f}".replace("-", "−"))
         ax.tick_params(axis="x", pad=9)
     axes["a"].set_ylabel("probability (%)")
-    axes["b"].set_xlabel("gate z    (green: exactly 0, exactly 1; ▲: without noise)")
+    axes["b"].set_xlabel("gate z    (green: exactly 0, exactly 1; ▲: as extracted)")
 
     s, steps, _, masks = gated_run()
     at = np.arange(1, len(steps) + 1)
@@ -124,7 +124,7 @@ def gate() -> Figure:
         ax.axvline(s.settle_at, color="#999999", lw=1, zorder=0)
         ax.annotate("choice fixed", (s.settle_at, 0.3), (6, 0), textcoords="offset points", **LIKE)
         ax.set(xlabel="step", ylim=(-0.04, 1.04), title=f"{'a head' if g == 'head' else 'a hidden dimension'}")
-    axes["head"].set_ylabel("gate z (dots), P(z ≠ 0) (line)")
+    axes["head"].set_ylabel("gate z (dots),\nP(z ≠ 0) at full noise (line)")
     axes["head"].legend(loc="center right", bbox_to_anchor=(1, 0.55))
     fig.suptitle("Noise gives each gate real chances of 0 and of 1; training decides", x=0.01, ha="left")
     return fig
@@ -155,8 +155,8 @@ def constraint() -> Figure:
         ax.set_ylabel(label)
     entries = [entry(NAMES[g], color=look[g]["color"]) for g in stats[0]] + [entry("target t", **target)]
     fig.legend(handles=entries, loc="outside lower center", ncols=3)
-    text = ", ".join(f"{miss:.1f} % ({title})" for title, miss in off.items())
-    fig.suptitle(f"At the end, s misses t by at most {text}", x=0.01, ha="left")
+    text = ", ".join(f"{miss:.1f} points ({title})" for title, miss in off.items())
+    fig.suptitle(f"In its last 20 steps, s is off t by {text} at most", x=0.01, ha="left")
     return fig
 
 
@@ -276,13 +276,14 @@ def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
 
 @matplotlib.rc_context(LOOK)
 def law(run: Path = CONTINUE) -> Figure:
-    """Chapter 5: laws fitted at 20 to 80 % of a run, for the domain that they predict best and for the worst."""
+    """Chapter 5: laws fitted at 20 to 80 % of a run, for the domain whose end is predicted best and for the worst, by
+    those laws that a run would use."""
     s, metrics = settings_of(run), read_metrics(run)
     evals = [e for e in metrics.evals if e["step"] >= COLLECT_FROM * s.steps]
     steps, params = series(evals, "step"), series(evals, "parameters")
     tokens, losses = (np.array([series(evals, key, d) for d in metrics.domains]).T for key in ("domain_tokens", "loss"))
     rates = np.array([train.lr_scale(step - 1, s) for step in steps])
-    fits, missed = {}, []
+    fits, missed, used = {}, [], []
     for share in (0.2, 0.4, 0.6, 0.8):
         n = int((steps <= share * s.steps).sum())
         expected = np.outer(tokens[n - 1] / steps[n - 1], steps)  # as a run does, at each domain's average rate so far
@@ -291,9 +292,10 @@ def law(run: Path = CONTINUE) -> Figure:
             f.predict(x, params[-1], rates) if isinstance(f, ScalingLaw) else None for f, x in zip(laws, expected)
         ]
         fits[share] = n, curves
-        missed.append([np.nan if c is None else abs(c[-1] - end) for c, end in zip(curves, losses[-1])])
-    often = np.isfinite(missed).sum(0)  # a domain with few tokens may have no law yet
-    mean = np.where(often == often.max(), np.nanmean(missed, axis=0), np.nan)
+        if share >= PREDICT_FROM and n > MORE_POINTS_THAN:
+            used.append(f"{100 * share:.0f}")
+            missed.append([np.nan if c is None else abs(c[-1] - end) for c, end in zip(curves, losses[-1])])
+    mean = np.mean(missed, axis=0)  # nan where a domain with few tokens has no law yet
     fig, grid = figure(5, 1, 2)
     colors = dict(zip(fits, (SKY, BLUE, ORANGE, BLACK)))
     for ax, i, word in zip(grid[0], (np.nanargmin(mean), np.nanargmax(mean)), ("best", "worst")):
@@ -305,9 +307,10 @@ def law(run: Path = CONTINUE) -> Figure:
                 ax.plot(steps[n - 1 :], curves[i][n - 1 :], color=color)
                 ax.plot(steps[-1], curves[i][-1], "D", ms=7, mfc="none", mew=1.5, color=color, clip_on=False)
         ax.set(xlabel="step", title=f"{word} predicted: {metrics.domains[i]}")
-        ax.annotate(f"mean error {mean[i]:.3f}", (0.97, 0.93), xycoords="axes fraction", ha="right", **LIKE)
+        text = f"mean error from {used[0]} %: {mean[i]:.3f}"
+        ax.annotate(text, (0.97, 0.93), xycoords="axes fraction", ha="right", **LIKE)
     grid[0, 0].set_ylabel("validation loss (nats/token)")
-    entries = [entry(f"from {100 * share:.0f} %", color=color) for share, color in colors.items()]
+    entries = [entry(f"made at {100 * share:.0f} %", color=color) for share, color in colors.items()]
     fig.legend(handles=[entry("measured", color="#777777"), *entries], loc="outside lower center", ncols=5)
     fig.suptitle("Predictions (◇) of the end (★), made on the way to it", x=0.01, ha="left")
     return fig
@@ -347,7 +350,9 @@ def steering() -> Figure:
 
 
 def dots(ax, rows: dict[str, list[float]], colors) -> None:
-    """A row of dots for each entry, one for each seed, and a line at their mean."""
+    """A row of dots for each entry, one for each seed, and a bar at their mean. Thin lines join a seed's dots."""
+    if len({len(values) for values in rows.values()}) == 1:
+        ax.plot(list(rows.values()), range(len(rows)), color="#bbbbbb", lw=0.8)
     for i, ((_, values), color) in enumerate(zip(rows.items(), colors)):
         ax.plot(values, [i] * len(values), "o", ms=7, alpha=0.6, color=color)
         ax.plot([np.mean(values)] * 2, [i - 0.3, i + 0.3], color=color, lw=3)
@@ -364,24 +369,20 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
     names |= {"paper": "DRPruning, paper's settings", "even": "DRPruning, defaults"}
     for title, measure in (("toy, skewed: worst domain", "worst"), ("toy, skewed: average", "average")):
         panels[title] = {name: part[key][measure] for key, name in names.items()}, (BLACK, SKY, BLUE, GREEN)
-    if (file := docs / "pruning/toy.json").exists():
-        result = json.loads(file.read_text())
+    for scale, title, color in (("toy", "toy", BLUE), ("smollm2", "SmolLM2-135M, 0.2M tokens", PINK)):
+        result = json.loads((docs / f"pruning/{scale}.json").read_text())
         rows = {row: [x - result["source"] for x in values] for row, values in result["losses"].items()}
         rows = dict(sorted(rows.items(), key=lambda item: np.mean(item[1])))
-        panels["toy, own mixture: what to keep, and how"] = rows, [BLUE] * len(rows)
-    models = json.loads((docs / "smollm2/results.json").read_text())["losses"]["models"]
-    before, *pruned = (m["average"]["loss"] for m in models.values())
-    rows = dict(zip(("learned", "random", "magnitude"), ([x - before] for x in pruned)))
-    panels["SmolLM2-135M: what to keep"] = rows, [PINK] * len(rows)
+        panels[f"{title}: what to keep, and how"] = rows, [color] * len(rows)
     heights = [len(rows) + 2 for rows, _ in panels.values()]
     fig, grid = figure(0.36 * sum(heights), len(panels), 1, height_ratios=heights)
     for ax, (title, (rows, colors)) in zip(grid[:, 0], panels.items()):
         dots(ax, rows, colors)
         seeds = {len(values) for values in rows.values()}
         ax.set_title(f"{title}: {' or '.join(map(str, sorted(seeds)))} seed{'s' * (seeds != {1})}")
-        ax.set_xlim(left=min(0, ax.get_xlim()[0]))
+        ax.axvline(0, color=BLACK, lw=1)  # the source
         ax.grid(axis="x", color="#e4e4e4")
-    grid[-1, 0].set_xlabel("test loss less the source's (nats/token); dots: seeds, bars: means")
+    grid[-1, 0].set_xlabel("test loss less the source's (nats/token); dots: seeds, joined by lines; bars: means")
     won = [np.mean(part[key]["worst"]) for key in ("constant", "even")]
     text = f"Skewed toy, worst domain: {won[0]:+.2f} when constant, {won[1]:+.2f} when steered"
     fig.suptitle(text.replace("-", "−"), x=0.01, ha="left")
