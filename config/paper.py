@@ -2,7 +2,8 @@
 
     python train.py config/toy_continue.py config/paper.py --out out/toy_paper
 
-The defaults of train.py give the mixture more room and keep the given references: docs/comparison.md has the reasons.
+The law that predicts is a setting of its own: `law = "paper"` is the published one. The defaults of train.py give the
+mixture more room and keep the given references: docs/comparison.md has the reasons.
 """
 
 schedule = "dro"

@@ -6,8 +6,8 @@
     python experiments/compare.py toy --data data/mine --ratio "{'code': .8, 'prose': .1, 'mail': .1}"
 
 In each seed a source model is trained and pruned, both at the mixture of the text; the seed is that of the source and
-of the data order. (SmolLM2 is pruned by experiments/pruning.py.) Then every schedule trains the pruned model on, for as
-many tokens, from the same references (the source's validation losses):
+of the data order. (SmolLM2 is pruned by experiments/pruning.py, at the paper's mixture.) Then every schedule trains
+the pruned model on, for as many tokens, from the same references (the source's validation losses):
 
     constant          the mixture stays
     uniform           the same, with equal shares
@@ -17,6 +17,8 @@ many tokens, from the same references (the source's validation losses):
     paper             with both: DRPruning with the paper's settings
     even              room for the ratio (bound 16, delta .5), rho 1, temperature .2; fixed references
     low               the same with the dynamic reference
+
+Settings in the place of a schedule stand on those of `dro`: the paper's numbers, fixed reference and ratio.
 
 Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` and `own, pruning too` start
 from the source instead, and prune under each schedule. Degradation is the loss above that of the source. Some models
@@ -159,7 +161,8 @@ def prepare(name: str, seed: int) -> None:
     if not case.pruned:
         train("config/toy_prune.py", pruned, seed, schedule="constant", **start, **case.prune)
     elif not (pruned / "model").exists():
-        raise ValueError(f"{pruned}: no finished run; experiments/pruning.py makes it")
+        first = f'python experiments/pruning.py {name} --seeds {seed + 1} --rows "activation, at one stroke"'
+        raise ValueError(f"{pruned}: no finished run; first `{first}`")
     evaluate(pruned / "eval.json", case, source, pruned)
 
 

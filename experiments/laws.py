@@ -271,7 +271,8 @@ def histories() -> list[tuple[str, History]]:
     for path in sorted(p for schedule in ("constant", "paper") for p in COMPARE.glob(f"*/*/*/{schedule}/eval.json")):
         name, seed, mixture, _ = path.parent.relative_to(COMPARE).parts
         before = pruned.setdefault((name, seed), history(pruned_of(name, int(seed))))
-        found.append((f"{name}, {mixture}", replace(history(path.parent), before=before.until(1))))
+        run = history(path.parent)
+        found.append((f"{name}, {mixture}", replace(run, before=before.until(1) if run.stage == "continue" else None)))
     return [*found, *((f"{name}, pruned", before) for (name, _), before in pruned.items())]
 
 

@@ -14,11 +14,13 @@ number of tokens. A seed is that of data order, gates and random choice.
     learned, settling sooner  the same in half of the time, 1/7 of the run each
     from scratch              the target shape, with initial weights drawn at random
 
-Losses are eval.py's on the test split. Results are in docs/pruning/. Runs that are done are skipped.
+Losses are eval.py's on the test split. Runs that are done are skipped. Results of all rows go to docs/pruning/; those
+of some (--rows) are printed.
 """
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plot import COLORS, STYLE, new_figure  # noqa: E402
+from plumbing.command_line import Parser, user_errors  # noqa: E402
 from plumbing.metrics import read_metrics  # noqa: E402
 
 OUT, DOCS = Path("out/pruning"), ROOT / "docs" / "pruning"
@@ -89,7 +92,8 @@ SCALES = {
 
 def call(*command) -> None:
     """Run one of the project's commands from the project's directory; stop at the first that fails."""
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise OSError(f"`{' '.join(map(str, command))}` failed, and has said why")
 
 
 def train(config: str, out: Path, seed: int, **settings) -> None:
@@ -131,13 +135,21 @@ def run(scale: Scale, row: str, seed: int) -> Path:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scale", choices=SCALES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, metavar="ROW")
-    args = parser.parse_args()
+    with user_errors():
+        args = parser.parse_args()
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """All runs of some rows, their test losses, the table and the figure."""
     scale, runs = SCALES[args.scale], {}
+    if scale.data == "data/demo" and not (ROOT / scale.data / "meta.json").exists():
+        call("prepare_data.py", "installed", "--out", scale.data, "--held_out", "0.1")
     if args.scale == "toy" and not (ROOT / scale.source / "model").exists():  # it learns for longer than the demo's
         train("config/toy_pretrain.py", Path(scale.source), 0, schedule="constant", steps=1200, warmup=120)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -149,16 +161,16 @@ def main():
     call("eval.py", *models, "--data", scale.data, "--seq_len", 256, "--sequences", scale.sequences, "--json", file)
     losses = {m: r["average"]["loss"] for m, r in json.loads((ROOT / file).read_text())["models"].items()}
     result = {
-        "command": f"python experiments/pruning.py {args.scale} --seeds {args.seeds}",
+        "command": f"python experiments/pruning.py {shlex.join(sys.argv[1:])}",
         "measure": "test loss, nats per token, average over domains; one value per seed",
         "source": losses[scale.source],
         "losses": {row: [losses[runs[row, seed]] for seed in range(args.seeds)] for row in args.rows},
     }
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / f"{args.scale}.json").write_text(json.dumps(result, indent=1) + "\n")
-    figure({row: [ROOT / runs[row, seed] for seed in range(args.seeds)] for row in args.rows}).savefig(
-        DOCS / f"{args.scale}.png"
-    )
+    if args.rows == ROWS:
+        DOCS.mkdir(parents=True, exist_ok=True)
+        (DOCS / f"{args.scale}.json").write_text(json.dumps(result, indent=1) + "\n")
+        drawn = {row: [ROOT / runs[row, seed] for seed in range(args.seeds)] for row in DRAWN}
+        figure(drawn).savefig(DOCS / f"{args.scale}.png")
     print(table(result))
 
 
@@ -176,7 +188,7 @@ def figure(runs: dict[str, list[Path]]):
     seeds. runs: row -> the run of each seed."""
     with matplotlib.rc_context(STYLE):
         fig, [[left, right]] = new_figure(1, 2, height=5, width_ratios=[3, 2])
-        drawn = [row for row in DRAWN if row in runs]
+        drawn = list(runs)
         for color, row in zip(COLORS, drawn):
             curves = []
             for out in runs[row]:

@@ -310,7 +310,7 @@ def law(run: Path = CONTINUE) -> Figure:
         text = f"mean error from {used[0]} %: {mean[i]:.3f}"
         ax.annotate(text, (0.97, 0.93), xycoords="axes fraction", ha="right", **LIKE)
     grid[0, 0].set_ylabel("validation loss (nats/token)")
-    entries = [entry(f"made at {100 * share:.0f} %", color=color) for share, color in colors.items()]
+    entries = [entry(f"at {100 * share:.0f} %", color=color) for share, color in colors.items()]
     fig.legend(handles=[entry("measured", color="#777777"), *entries], loc="outside lower center", ncols=5)
     fig.suptitle("Predictions (◇) of the end (★), made on the way to it", x=0.01, ha="left")
     return fig
@@ -365,15 +365,15 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
     """Chapter 7: schedules, choices of what to keep, and a real model. A panel for each result that there is."""
     panels = {}
     part = json.loads((docs / "compare/results.json").read_text())["toy"]["skewed"]
-    names = {"constant": "constant", "sheared": "Sheared LLaMA's"}
-    names |= {"paper": "DRPruning, paper's settings", "even": "DRPruning, defaults"}
+    names = {"constant": "constant", "paper": "DRPruning, paper's settings"}
+    names |= {"sheared": "Sheared LLaMA's", "even": "DRPruning, defaults"}
     for title, measure in (("toy, skewed: worst domain", "worst"), ("toy, skewed: average", "average")):
-        panels[title] = {name: part[key][measure] for key, name in names.items()}, (BLACK, SKY, BLUE, GREEN)
-    for scale, title, color in (("toy", "toy", BLUE), ("smollm2", "SmolLM2-135M, 0.2M tokens", PINK)):
+        panels[title] = {name: part[key][measure] for key, name in names.items()}, (BLACK, BLUE, SKY, GREEN)
+    for scale, title, color in (("toy", "toy", BLUE), ("smollm2", "SmolLM2-135M", PINK)):
         result = json.loads((docs / f"pruning/{scale}.json").read_text())
         rows = {row: [x - result["source"] for x in values] for row, values in result["losses"].items()}
         rows = dict(sorted(rows.items(), key=lambda item: np.mean(item[1])))
-        panels[f"{title}: what to keep, and how"] = rows, [color] * len(rows)
+        panels[f"{title}: what to keep"] = rows, [color] * len(rows)
     heights = [len(rows) + 2 for rows, _ in panels.values()]
     fig, grid = figure(0.36 * sum(heights), len(panels), 1, height_ratios=heights)
     for ax, (title, (rows, colors)) in zip(grid[:, 0], panels.items()):
@@ -382,7 +382,7 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
         ax.set_title(f"{title}: {' or '.join(map(str, sorted(seeds)))} seed{'s' * (seeds != {1})}")
         ax.axvline(0, color=BLACK, lw=1)  # the source
         ax.grid(axis="x", color="#e4e4e4")
-    grid[-1, 0].set_xlabel("test loss less the source's (nats/token); dots: seeds, joined by lines; bars: means")
+    grid[-1, 0].set_xlabel("test loss less the source's (nats/token); dots: seeds, bars: means")
     won = [np.mean(part[key]["worst"]) for key in ("constant", "even")]
     text = f"Skewed toy, worst domain: {won[0]:+.2f} when constant, {won[1]:+.2f} when steered"
     fig.suptitle(text.replace("-", "−"), x=0.01, ha="left")

@@ -6,7 +6,8 @@
 A config file is plain Python assignments of literals and arithmetic on them (`tokens = 32 * 4096`). It is parsed and
 not run, so it can do nothing but set values, and a misspelt key is an error instead of a silent default. Its text, the
 depth of an expression and the size of a number are limited, so reading it ends at once, whatever stands in it. The
-assignment `base = "other.py"` reads another config file of the same folder first. Every problem of the files and of the
+assignment `base = "other.py"` reads another config file of the same folder first. What is read later counts, also where
+it stands in the base of a later file. Every problem of the files and of the
 command line is reported at once.
 
 `user_errors` is how every command of this project treats a mistake: one line on stderr, exit status 2.
@@ -27,7 +28,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -108,7 +109,8 @@ def allow_open_files(wanted: int = 10_000) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def one_line(text: str, length: int = 80) -> str:
@@ -360,10 +362,10 @@ def with_values(args: list[str], known: dict[str, Field]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             field = known.get(name[2:])
             if field and not equals and field.kind is bool:
-                value = rest.pop(0) if rest and rest[0] in ("True", "False") else "True"
+                equals, value = "=", rest.pop(0) if rest and rest[0] in ("True", "False") else "True"
             elif field and not equals and rest and not rest[0].startswith("--"):
-                value = rest.pop(0)  # argparse takes some negative numbers for options
-            arg = f"{name}={value}" if equals or value else name
+                equals, value = "=", rest.pop(0)  # argparse takes some negative numbers for options
+            arg = f"{name}{equals}{value}"
         result.append(arg)
     return result
 

@@ -212,9 +212,11 @@ class Run:
 
     @property
     def new_references(self) -> bool:
-        """Whether a run that goes on takes the references of its settings, and not those that its checkpoint has."""
+        """Whether a run that goes on takes the references of its settings, and not those that its checkpoint has, which
+        may be predictions."""
         has_none = None in self.state["mixture"]["reference"]
-        return has_none or bool({"reference_losses", "reference_model"} & set(self.changed))
+        fixed_now = "dynamic_reference" in self.changed and not self.settings["dynamic_reference"]
+        return has_none or fixed_now or bool({"reference_losses", "reference_model"} & set(self.changed))
 
     def check_content(self, digests: dict[str, str]) -> None:
         """ValueError where the data or the model that the run starts from have other content than when it was begun.

@@ -150,7 +150,8 @@ class Settings:
         float,
         Limits(1, 1e12),
         "each share of the reference ratio is kept within 1/bound and bound times its initial value; then they "
-        "are made to sum to 1, which may move one further; 2 in the paper",
+        "are made to sum to 1, which may move one further; 2 in the paper. No share goes beyond the smallest and the "
+        "largest of the initial ones",
     ] = 16.0
     step_size: Annotated[float, Limits(0, 1e12), "step size of the sheared schedule"] = 1.0
     clip_excess: Annotated[
@@ -213,7 +214,10 @@ class Settings:
         if self.schedule not in WITH_REFERENCES or given:
             return []
         if not self.dynamic_reference:
-            return [f"schedule = '{self.schedule}' needs references: set reference_model or reference_losses"]
+            return [
+                f"schedule = '{self.schedule}' needs references: set reference_model, reference_losses or "
+                "dynamic_reference"
+            ]
         if self.steps <= self.eval_interval * (MORE_POINTS_THAN + 1):
             return [
                 f"eval_interval = {self.eval_interval} must be below steps / {MORE_POINTS_THAN + 1}: with no "

@@ -96,6 +96,9 @@ def test_what_changes_elsewhere_is_what_counts_there(chain, tmp_path, monkeypatc
     first = metrics(tmp_path / "x", "eval")[-5]
     assert first["step"] == 52 and first["reference"] == losses and first["ratio"]["animals"] > 0.7
     keep = f"--reference_model={out['pretrain']}"
+    assert run(monkeypatch, *mine, keep, f"--out={tmp_path / 'w'}", resume, "--dynamic_reference=False") == 0
+    given = metrics(out["prune"], "eval")[0]["reference"]  # not the predictions of the run before
+    assert metrics(tmp_path / "w", "eval")[-5]["reference"] == pytest.approx(given)
     for wrong, words in (
         (["--domains=['sums', 'brackets', 'animals']"], "in this order"),
         (["--steps=49", "--sparsity_warmup=20"], "has 50 already"),

@@ -99,8 +99,8 @@ def test_the_comparison_in_the_readme_is_what_was_measured():
     for first, schedule in (
         ("`constant`", "constant"),
         ("`sheared`", "sheared"),
-        ("`dro`, the paper's", "paper"),
-        ("`dro`, the demo's", "even"),
+        ("`dro`, `config/paper.py`", "paper"),
+        ("`dro`, the defaults", "even"),
     ):
         (row,) = re.findall(rf"^\| {first}.*$", TEXT["README.md"], re.M)
         shown = [float(x.replace("−", "-")) for x in re.findall(r"−?(?<!\d)\.\d{3}", row)]

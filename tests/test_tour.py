@@ -58,6 +58,9 @@ def test_figures_are_legible_on_a_page(make):
     shown = [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible()]
     page = 838 / 96  # inches: a page of GitHub
     assert shown and min(t.get_fontsize() for t in shown) * min(1, page / fig.get_figwidth()) >= 12
+    for text in shown:  # nothing is cut off at an edge
+        box = text.get_window_extent()
+        assert -1 <= box.x0 and box.x1 <= fig.bbox.x1 + 1 and -1 <= box.y0 and box.y1 <= fig.bbox.y1 + 1, text
 
 
 def test_the_drawn_ball_is_that_of_the_schedule(tmp_path):

@@ -535,6 +535,7 @@ def test_values_that_look_like_options(tmp_path):
     (tmp_path / "second.py").write_text('lr = 2\nbase = "first.py"\n')
     s = load(Settings, ["--compile", str(tmp_path / "second.py"), "--log_alpha", "-1e-3", "--dynamic_ratio", "False"])
     assert (s.steps, s.lr, s.compile, s.log_alpha, s.dynamic_ratio) == (20, 2.0, True, -1e-3, False)
+    assert load(Settings, ["--reference_model", "x", "--reference_model", ""]).reference_model == ""
 
 
 def test_help_names_every_setting_with_its_meaning(capsys):
