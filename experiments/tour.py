@@ -155,8 +155,8 @@ def constraint() -> Figure:
         ax.set_ylabel(label)
     entries = [entry(NAMES[g], color=look[g]["color"]) for g in stats[0]] + [entry("target t", **target)]
     fig.legend(handles=entries, loc="outside lower center", ncols=3)
-    text = ", ".join(f"{miss:.1f} points ({title})" for title, miss in off.items())
-    fig.suptitle(f"In its last 20 steps, s is off t by {text} at most", x=0.01, ha="left")
+    text = ", ".join(f"{miss:.1f} ({title})" for title, miss in off.items())
+    fig.suptitle(f"Points between s and t in the last 20 steps: {text}", x=0.01, ha="left")
     return fig
 
 
