@@ -279,22 +279,28 @@ def table(results: dict) -> str:
     heads = [f"{m}: {key}" for m in results for key in ("average", "worst domain", "worst − sheared's")]
     lines = [f"| schedule | {' | '.join(heads)} | seeds |", "|---" * (len(heads) + 2) + "|"]
     for schedule in dict.fromkeys(s for rows in results.values() for s in rows):
-        cells, seeds = [], 0
+        cells, seeds = [], []
         for rows in results.values():
             row, sheared = rows.get(schedule), rows.get("sheared")
             if row is None:
                 cells += [""] * 3
                 continue
-            seeds = len(row["seeds"])
+            seeds.append(len(row["seeds"]))
             for key in ("average", "worst"):
-                text = three(np.mean(row[key])) + (f" ± {three(np.std(row[key], ddof=1))}" if seeds > 1 else "")
+                text = three(np.mean(row[key])) + (f" ± {three(np.std(row[key], ddof=1))}" if seeds[-1] > 1 else "")
                 ahead = sheared and schedule != "sheared" and np.all(paired(row, sheared, key) < 0)
                 cells.append(f"**{text}**" if ahead else text)
             difference = paired(row, sheared, "worst") if sheared and schedule != "sheared" else []
             p = f" (p {stats.ttest_1samp(difference, 0).pvalue:.1g})" if len(difference) > 1 else ""
             cells.append(f"{three(np.mean(difference))}{p}" if len(difference) else "")
-        lines.append(f"| {schedule} | {' | '.join(cells)} | {seeds} |")
+        lines.append(f"| {schedule} | {' | '.join(cells)} | {', '.join(map(str, dict.fromkeys(seeds)))} |")
     return "\n".join(lines)
+
+
+def tables(results: dict) -> list[str]:
+    """The table of the mixtures at which the pruned model is trained on, and of those at which it is pruned, too."""
+    parts = [{m: rows for m, rows in results.items() if m.endswith("too") == too} for too in (False, True)]
+    return [table(part) for part in parts if part]
 
 
 def answers_table(rows: dict) -> str:
@@ -346,7 +352,7 @@ def report(schedules: list[str]) -> None:
         raise ValueError(f"nothing in {OUT} is done yet")
     parts = ["# The comparison in full", "By `python experiments/compare.py --report`."]
     for name, mixtures in results.items():
-        parts += [f"## {name}", table(mixtures)]
+        parts += [f"## {name}", *tables(mixtures)]
         parts += [
             f"Right answers, %, {m}:\n\n{answers}" for m, rows in mixtures.items() if (answers := answers_table(rows))
         ]
