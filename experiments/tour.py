@@ -364,11 +364,17 @@ def dots(ax, rows: dict[str, list[float]], colors) -> None:
 def gained(docs: Path = ROOT / "docs") -> Figure:
     """Chapter 7: schedules, choices of what to keep, and a real model. A panel for each result that there is."""
     panels = {}
-    part = json.loads((docs / "compare/results.json").read_text())["toy"]["skewed"]
-    names = {"constant": "constant", "paper": "DRPruning, paper's settings"}
-    names |= {"sheared": "Sheared LLaMA's", "even": "DRPruning, defaults"}
-    for title, measure in (("toy, skewed: worst domain", "worst"), ("toy, skewed: average", "average")):
-        panels[title] = {name: part[key][measure] for key, name in names.items()}, (BLACK, BLUE, SKY, GREEN)
+    results = json.loads((docs / "compare/results.json").read_text())
+    names = {"constant": ("constant", BLACK), "paper": ("DRPruning, paper's settings", BLUE)}
+    names |= {"sheared": ("Sheared LLaMA's", SKY), "even": ("DRPruning, defaults", GREEN)}
+    for scale, title, measure in (
+        ("toy", "toy, skewed: worst domain", "worst"),
+        ("toy", "toy, skewed: average", "average"),
+        ("smollm2", "SmolLM2-135M, skewed: worst domain", "worst"),
+    ):
+        part = results[scale]["skewed"]
+        rows = {name: part[key][measure] for key, (name, _) in names.items() if key in part}
+        panels[title] = rows, [color for key, (_, color) in names.items() if key in part]
     for scale, title, color in (("toy", "toy", BLUE), ("smollm2", "SmolLM2-135M", PINK)):
         result = json.loads((docs / f"pruning/{scale}.json").read_text())
         rows = {row: [x - result["source"] for x in values] for row, values in result["losses"].items()}
@@ -383,7 +389,7 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
         ax.axvline(0, color=BLACK, lw=1)  # the source
         ax.grid(axis="x", color="#e4e4e4")
     grid[-1, 0].set_xlabel("test loss less the source's (nats/token); dots: seeds, bars: means")
-    won = [np.mean(part[key]["worst"]) for key in ("constant", "even")]
+    won = [np.mean(results["toy"]["skewed"][key]["worst"]) for key in ("constant", "even")]
     text = f"Skewed toy, worst domain: {won[0]:+.2f} when constant, {won[1]:+.2f} when steered"
     fig.suptitle(text.replace("-", "−"), x=0.01, ha="left")
     return fig
