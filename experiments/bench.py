@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -45,6 +46,10 @@ from plumbing.tokenizer import load_tokenizer  # noqa: E402
 from prepare_data import prepare  # noqa: E402
 from scaling_law import ScalingLaw, fit  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
+PEAK = """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
 CONFIG = LlamaConfig(
     vocab_size=512, n_layer=6, d_model=256, n_head=8, n_kv_head=8, head_dim=32, d_ffn=688, max_seq_len=256
 )
@@ -256,6 +261,23 @@ def bench_text(table: Table, args) -> None:
     table.add("prepare_data, 1 worker / 2 workers", ratio(seconds, 1, 2), low=1.7)
     table.add("prepare_data, 1 worker", sum(map(len, texts)) / 1e6 / seconds[1][0], "MB/s")
     table.add("drawing a batch / dense step", statistics.median(drawn) / step, high=0.01)
+
+
+def bench_memory(table: Table, args) -> None:
+    """Peak memory of prepare_data.py over two sizes of text. At the smaller one its tables of fixed size are full."""
+    peak, unit = {}, 1e6 if sys.platform == "darwin" else 1e3  # of ru_maxrss, in MB
+    for mb in (240, 480):
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            text = Path(folder, "text", "numbers", "all.jsonl")
+            text.parent.mkdir(parents=True)
+            with open(text, "w") as file:
+                file.writelines(f'{{"text": "{os.urandom(444).hex(" ", 4)}"}}\n' for _ in range(1000 * mb))
+            words = [ROOT / "prepare_data.py", f"{folder}/text", "--out", f"{folder}/data", "--workers", "1"]
+            # in a process of a small process: Linux counts the memory of the parent, too
+            done = subprocess.run([sys.executable, "-c", PEAK, sys.executable, *words], capture_output=True, check=True)
+            peak[mb] = int(done.stdout) / unit
+    table.add("prepare_data, memory with 480 MB of text", peak[480], "MB")
+    table.add("the same / with 240 MB", peak[480] / peak[240], high=1.1)
 
 
 def bench_checkpoint(table: Table, args) -> None:
