@@ -459,8 +459,9 @@ def main():
         if make.__name__ not in args.only:
             continue
         fig = make()
-        fig.savefig(PICTURES / f"{make.__name__}.png", dpi=150)
-        fig.savefig(PICTURES / f"{make.__name__}.svg", metadata={"Date": None})
+        with matplotlib.rc_context(LOOK):  # its hashsalt makes the same file of the same figure
+            fig.savefig(PICTURES / f"{make.__name__}.png", dpi=150)
+            fig.savefig(PICTURES / f"{make.__name__}.svg", metadata={"Date": None})
         print(PICTURES / f"{make.__name__}.png", flush=True)
     page = with_quotes(PAGE.read_text())
     PAGE.write_text(page)
