@@ -44,7 +44,7 @@ SOURCE, PRUNE, CONTINUE, CONSTANT = (ROOT / f"out/toy_{name}" for name in ("pret
 BLUE, ORANGE, GREEN, YELLOW, PINK, SKY, BLACK = COLORS
 LIKE = {"fontsize": 13, "color": "#333333"}
 SIZES = dict.fromkeys(("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 13)
-LOOK = STYLE | SIZES | {"axes.titlesize": 13, "figure.titlesize": 14, "figure.titleweight": "bold", "svg.hashsalt": "0"}
+LOOK = STYLE | SIZES | {"axes.titlesize": 13, "figure.titlesize": 14, "figure.titleweight": "bold"}
 
 
 def figure(height: float, rows=1, columns=1, **grid):
@@ -459,8 +459,8 @@ def main():
         if make.__name__ not in args.only:
             continue
         fig = make()
-        with matplotlib.rc_context(LOOK):  # its hashsalt makes the same file of the same figure
-            fig.savefig(PICTURES / f"{make.__name__}.png", dpi=150)
+        fig.savefig(PICTURES / f"{make.__name__}.png", dpi=150)
+        with matplotlib.rc_context({"svg.hashsalt": "0"}):  # the same figure gives the same file
             fig.savefig(PICTURES / f"{make.__name__}.svg", metadata={"Date": None})
         print(PICTURES / f"{make.__name__}.png", flush=True)
     page = with_quotes(PAGE.read_text())
