@@ -162,7 +162,7 @@ class Mixture:
     dynamic_reference: bool = False  # section 3.2
     dynamic_ratio: bool = False  # section 3.3
     law: str = "rate"  # "paper": eq. 4, and the lowest prediction counts; "rate": fit_together, and the newest counts
-    rho: float = 0.1
+    rho: float = 0.1  # these numbers are the paper's; train.py has its own (plumbing/settings.py)
     floor: float = 0.2
     temperature: float = 0.0
     delta: float = 0.1

@@ -33,7 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 from dro import Mixture, Point, dro_weights  # noqa: E402
 from masks import PruningMasks  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
@@ -46,7 +48,6 @@ from plumbing.tokenizer import load_tokenizer  # noqa: E402
 from prepare_data import prepare  # noqa: E402
 from scaling_law import ScalingLaw, fit  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 PEAK = """import resource, subprocess, sys
 subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""

@@ -66,8 +66,6 @@ SCHEDULES = {
 MIXTURES = ["skewed", "own", "skewed, pruning too", "own, pruning too"]
 ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions
 SHARES = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
-
-
 PRETRAIN = {"steps": 1200, "warmup": 120}  # longer than the demo's
 PRUNE = {"steps": 700, "warmup": 41, "eval_interval": 25}
 
@@ -390,6 +388,8 @@ def main():
             raise ValueError(f"which case? One of {', '.join(CASES)}, or --report")
         for schedule in args.schedules:
             load(Settings, [CASES["toy"].config, *(f"--{k}={v}" for k, v in settings_of(schedule).items())])
+        if args.data and CASES[args.case].pruned:
+            raise ValueError(f"--data: {args.case} starts from a model that was pruned on {CASES[args.case].data}")
         if args.data:
             given = load(Settings, [CASES[args.case].config, f"--data={args.data}", f"--ratio={args.ratio}"])
             domains = TokenData(given.data).domains

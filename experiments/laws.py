@@ -270,8 +270,9 @@ def histories() -> list[tuple[str, History]]:
     pruned = {}
     for path in sorted(p for schedule in ("constant", "paper") for p in COMPARE.glob(f"*/*/*/{schedule}/eval.json")):
         name, seed, mixture, _ = path.parent.relative_to(COMPARE).parts
-        before = pruned.setdefault((name, seed), history(pruned_of(name, int(seed))))
-        run = history(path.parent)
+        if (name, seed) not in pruned:
+            pruned[name, seed] = history(pruned_of(name, int(seed)))
+        run, before = history(path.parent), pruned[name, seed]
         found.append((f"{name}, {mixture}", replace(run, before=before.until(1) if run.stage == "continue" else None)))
     return [*found, *((f"{name}, pruned", before) for (name, _), before in pruned.items())]
 

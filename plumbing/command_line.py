@@ -7,8 +7,7 @@ A config file is plain Python assignments of literals and arithmetic on them (`t
 not run, so it can do nothing but set values, and a misspelt key is an error instead of a silent default. Its text, the
 depth of an expression and the size of a number are limited, so reading it ends at once, whatever stands in it. The
 assignment `base = "other.py"` reads another config file of the same folder first. What is read later counts, also where
-it stands in the base of a later file. Every problem of the files and of the
-command line is reported at once.
+it stands in the base of a later file. Every problem of the files and of the command line is reported at once.
 
 `user_errors` is how every command of this project treats a mistake: one line on stderr, exit status 2.
 """

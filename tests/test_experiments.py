@@ -175,6 +175,7 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(compare, name, getattr(compare, name))
     for args, words in (
         (["toy", "--data", tmp_path / "none"], "no data set there"),
+        (["smollm2", "--data", "data/demo"], "pruned on data/smollm2"),
         (["toy", "--seeds", "x"], "--seeds: invalid int value"),
         (["toy", "--schedules", "--schedule=fast"], "schedule"),
         (["toy", "--schedules", "--schedule dro"], "neither the name of a schedule nor --setting=value"),
