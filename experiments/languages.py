@@ -31,17 +31,21 @@ class Paragraphs(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
+        """A block begins a line; from here on, text of an unseen tag does not count."""
         self.unseen += tag in UNSEEN
         self.text += "" if tag in INLINE else "\n"
 
     def handle_endtag(self, tag):
+        """A block ends its line."""
         self.unseen = max(0, self.unseen - (tag in UNSEEN))
         self.text += "" if tag in INLINE else "\n"
 
     def handle_data(self, data):
+        """Text that is seen, with single spaces."""
         self.text += "" if self.unseen else re.sub(r"\s+", " ", data)
 
     def lines(self) -> list[str]:
+        """The paragraphs that are not empty."""
         return [line.strip() for line in self.text.splitlines() if line.strip()]
 
 

@@ -44,6 +44,7 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """grad (..., O), the gradient of the output -> those of x (..., I) and of the weight (O, I)."""
         x, weight = ctx.saved_tensors
         x_flat, grad_flat = x.flatten(0, -2), grad.flatten(0, -2)
         return onednn_product(grad, weight.t()), onednn_product(grad_flat.t(), x_flat.t())
