@@ -3,8 +3,8 @@
     python experiments/pruning.py toy [--seeds 3] [--jobs 2] [--rows "magnitude, fading" ...]
     python experiments/pruning.py smollm2 --seeds 1
 
-`toy` needs the data set of `make demo`, and trains a source model; `smollm2` needs those of docs/smollm2.md. Every row
-is one run of equal settings (the config's, with the paper's mixture) but for what its name says, and sees the same
+`toy` makes its data set and its source model, where they are not there; `smollm2` needs those of docs/smollm2.md. Every
+row is one run of equal settings (the config's, with the paper's mixture) but for what its name says, and sees the same
 number of tokens. A seed is that of data order, gates and random choice.
 
     CHOICE, at one stroke     the small model is cut out before the first step
