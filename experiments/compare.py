@@ -7,23 +7,13 @@
 
 In each seed a source model is trained and pruned, both at the mixture of the text; the seed is that of the source and
 of the data order. (SmolLM2 is pruned by experiments/pruning.py, at the paper's mixture.) Then every schedule trains
-the pruned model on, for as many tokens, from the same references (the source's validation losses):
-
-    constant          the mixture stays
-    uniform           the same, with equal shares
-    sheared           Sheared LLaMA's; also with twice the step size
-    dro               robust weights, fixed references and ratio
-    dro + reference   with the dynamic reference loss; `dro + ratio` with the dynamic ratio
-    paper             with both: DRPruning with the paper's settings
-    even              room for the ratio (bound 16, delta .5), rho 1, temperature .2; fixed references
-    low               the same with the dynamic reference
-
-Settings in the place of a schedule stand on those of `dro`: the paper's numbers, fixed reference and ratio.
+the pruned model on, for as many tokens, from the same references: the source's validation losses. docs/comparison.md
+says what the schedules are. Settings in the place of one stand on those of `dro`.
 
 Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` and `own, pruning too` start
 from the source instead, and prune under each schedule. Degradation is the loss above that of the source. Some models
 are asked the two-choice questions of plumbing/continuation.py, too. Two runs go side by side, on one thread each.
-Results, tables and the figure go to docs/compare/ (with --data: to out/compare/).
+Results and the figure go to docs/compare/ (with --data: to out/compare/).
 """
 
 import argparse
@@ -32,11 +22,11 @@ import os
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from scipy import stats
 
@@ -51,17 +41,17 @@ from train import Settings  # noqa: E402
 OUT, DOCS = Path("out/compare"), Path("docs/compare")
 PAPER = {"rho": 0.1, "temperature": 0, "delta": 0.1, "bound": 2, "dynamic_reference": False, "dynamic_ratio": False}
 ROOM = {"schedule": "dro", "rho": 1, "temperature": 0.2, "delta": 0.5, "bound": 16, "dynamic_ratio": True}
-SCHEDULES = {
+SCHEDULES = {  # what differs from PAPER
     "constant": {"schedule": "constant"},
-    "sheared": {"schedule": "sheared"},
+    "sheared": {"schedule": "sheared"},  # Sheared LLaMA's
     "sheared, step 2": {"schedule": "sheared", "step_size": 2},
-    "paper": {"schedule": "dro", "dynamic_reference": True, "dynamic_ratio": True},
-    "even": ROOM,
+    "paper": {"schedule": "dro", "dynamic_reference": True, "dynamic_ratio": True},  # DRPruning, the paper's settings
+    "even": ROOM,  # the default of `--schedule dro`: room for the ratio, fixed references
     "low": ROOM | {"dynamic_reference": True},
-    "dro": {"schedule": "dro"},
+    "dro": {"schedule": "dro"},  # robust weights, fixed references and ratio
     "dro + reference": {"schedule": "dro", "dynamic_reference": True},
     "dro + ratio": {"schedule": "dro", "dynamic_ratio": True},
-    "uniform": {"schedule": "constant"},
+    "uniform": {"schedule": "constant"},  # with equal shares
 }
 MIXTURES = ["skewed", "own", "skewed, pruning too", "own, pruning too"]
 ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions
@@ -196,15 +186,11 @@ def run_all(name: str, seeds: range, mixtures: list[str], schedules: list[str], 
     if CASES[name].data == "data/demo" and not Path("data/demo/meta.json").exists():
         call("prepare_data.py", "installed", "--out", "data/demo", "--held_out", "0.1")
     todo = [(name, seed, mixture, schedule) for seed in seeds for mixture in mixtures for schedule in schedules]
-    started = time.time()
     with ThreadPoolExecutor(jobs) as pool:
         try:
             list(pool.map(prepare, [name] * len(seeds), seeds))
             for done, _ in enumerate(pool.map(judge, *zip(*todo)), 1):
-                left = (time.time() - started) / done * (len(todo) - done)
-                print(
-                    f"{done}/{len(todo)}: {', '.join(map(str, todo[done - 1]))}, {left / 3600:.1f} h left", flush=True
-                )
+                print(f"{done}/{len(todo)}: {', '.join(map(str, todo[done - 1]))}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -222,7 +208,7 @@ def losses_in(file: Path) -> list[dict[str, float]]:
 def measures(name: str, seed: int, mixture: str, schedule: str) -> dict[str, float]:
     """Everything that a run is judged by: degradation in nats per token, shares of the tokens, right answers."""
     out = run_of(name, seed, mixture, schedule)
-    source, pruned = losses_in(pruned_of(name, seed) / "eval.json")
+    source, _ = losses_in(pruned_of(name, seed) / "eval.json")
     [loss] = losses_in(out / "eval.json")
     run = read_metrics(out)
     drawn, reference = run.evals[-1]["domain_tokens"], run.evals[0]["reference"]
@@ -232,8 +218,6 @@ def measures(name: str, seed: int, mixture: str, schedule: str) -> dict[str, flo
         "average": worse.mean(),
         "worst": worse.max(),
         "spread over domains": worse.std(),
-        "average of the pruned model": np.mean([pruned[d] - source[d] for d in source]),
-        "worst of the pruned model": max(pruned[d] - source[d] for d in source),
         "average, validation": on_validation.mean(),
         "worst, validation": on_validation.max(),
         **{f"degradation, {d}": x for d, x in zip(source, worse)},
@@ -303,25 +287,19 @@ def tables(results: dict) -> list[str]:
 
 def answers_table(rows: dict) -> str:
     """Markdown: right answers to two-choice questions in %, mean over seeds ± the standard error of one model."""
-    lines = []
-    for schedule, row in rows.items():
-        keys = [key.removeprefix("right answers, ") for key in row if key.startswith("right answers, ")]
-        if keys and not lines:
-            lines = [f"| | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
-        cells = [
-            f"{100 * np.mean(row[f'right answers, {k}']):.1f} ± {100 * np.mean(row[f'their error, {k}']):.1f}"
-            for k in keys
-        ]
-        if cells:
-            lines.append(f"| {schedule} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    asked = {schedule: row for schedule, row in rows.items() if "right answers, average" in row}
+    keys = [key.split(", ")[1] for row in asked.values() for key in row if key.startswith("right answers, ")]
+    keys = list(dict.fromkeys(keys))
+    lines = [f"| | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+    for schedule, row in asked.items():
+        means = [[100 * np.mean(row[f"{what}, {key}"]) for what in ("right answers", "their error")] for key in keys]
+        lines.append(f"| {schedule} | {' | '.join(f'{right:.1f} ± {error:.1f}' for right, error in means)} |")
+    return "\n".join(lines) if asked else ""
 
 
-def figure(results: dict):
+@matplotlib.rc_context(STYLE)
+def figure(panels: dict):
     """What each schedule wins on `constant` in each case and mixture, seed by seed."""
-    panels = {
-        (name, m): rows for name, mixtures in results.items() for m, rows in mixtures.items() if "constant" in rows
-    }
     sizes = [len(rows) + 1 for rows in panels.values()]
     fig, axes = new_figure(len(panels), 2, height=0.42 * sum(sizes) + 1, height_ratios=sizes)
     for line, ((name, mixture), rows) in zip(axes, panels.items()):
@@ -342,27 +320,19 @@ def figure(results: dict):
 
 
 def report(schedules: list[str]) -> None:
-    """Print the tables; write results.json, tables.md and compare.png."""
-    import matplotlib
-
+    """Print the tables; write results.json and compare.png."""
     results = {name: found for name in CASES if (found := collect(name, schedules))}
     if not results:
         raise ValueError(f"nothing in {OUT} is done yet")
-    parts = ["# The comparison in full", "By `python experiments/compare.py --report`."]
     for name, mixtures in results.items():
-        parts += [f"## {name}", *tables(mixtures)]
-        parts += [
-            f"Right answers, %, {m}:\n\n{answers}" for m, rows in mixtures.items() if (answers := answers_table(rows))
-        ]
-    print("\n\n".join(parts[2:]))
+        answers = [f"Right answers, %, {m}:\n\n{text}" for m, rows in mixtures.items() if (text := answers_table(rows))]
+        print(f"## {name}", *tables(mixtures), *answers, sep="\n\n", end="\n\n")
     DOCS.mkdir(parents=True, exist_ok=True)
     command = {"command": "python experiments/compare.py --report"}
     text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per measure
     (DOCS / "results.json").write_text(text + "\n")
-    (DOCS / "tables.md").write_text("\n\n".join(parts) + "\n")
-    if any("constant" in rows for mixtures in results.values() for rows in mixtures.values()):
-        with matplotlib.rc_context(STYLE):
-            figure(results).savefig(DOCS / "compare.png")
+    if panels := {(name, m): rows for name in results for m, rows in results[name].items() if "constant" in rows}:
+        figure(panels).savefig(DOCS / "compare.png")
 
 
 def main():

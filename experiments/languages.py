@@ -2,7 +2,7 @@
 
     apt-get download debian-handbook && dpkg -x debian-handbook_*.deb handbook
     python experiments/languages.py handbook/usr/share/doc/debian-handbook/html data/handbook
-    python prepare_data.py data/handbook --out data/languages --held_out 0.1
+    python prepare_data.py data/handbook --out data/languages --held_out 0.15 --drop_shared
 
 A page of the book is a document. Paragraphs that a translation still has in English are left out of it.
 """

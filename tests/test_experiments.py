@@ -123,7 +123,6 @@ def test_what_a_run_is_judged_by(monkeypatch, tmp_path):
         "worst": worse.max(),
         "degradation, b": worse[1],
         "spread over domains": worse.std(),
-        "worst of the pruned model": (pruned - source).max(),
         "worst, validation": (val - reference).max(),  # the references of the start
         "share of the tokens, c": 0.5,
         "right answers, b": 0.55,
