@@ -104,12 +104,13 @@ def gate() -> Figure:
         ax.bar([-0.08, 1.08], ends, 0.1, color=GREEN)
         for x, share in zip((-0.08, 1.08), ends):
             ax.annotate(f"{share:.0f} %", (x, share), (0, 2), textcoords="offset points", ha="center", **LIKE)
-        ax.plot(float(distribution.deterministic(len(u))[0].detach()), -4, "^", ms=10, color=BLACK, clip_on=False)
+        kept = float(distribution.deterministic(len(u))[0].detach())
+        ax.plot(kept, -4, "^", ms=10, color=BLACK, clip_on=False)
         ax.set(ylim=(0, 100), xlim=(-0.3, 1.3), xticks=(-0.08, 0.5, 1.08), xticklabels=("0", "½", "1"))
-        ax.set_title(f"log α = {log_alpha:.0f}".replace("-", "−"))
+        ax.set_title(f"log α = {log_alpha:.0f},  ▲ {kept:.3f}".replace("-", "−").replace("0.", "."))
         ax.tick_params(axis="x", pad=9)
     axes["a"].set_ylabel("probability (%)")
-    axes["b"].set_xlabel("gate z    (green: exactly 0, exactly 1; ▲: as extracted)")
+    axes["b"].set_xlabel("gate z    (green: exactly 0, exactly 1; ▲: its value in the small model, if it is kept)")
 
     s, steps, _, masks = gated_run()
     at = np.arange(1, len(steps) + 1)
@@ -134,7 +135,7 @@ def gate() -> Figure:
 def constraint() -> Figure:
     """Chapter 2: sparsity against its target, and the multipliers, with the demo's phi and with phi from 0."""
     first = gated_run()[0].phi
-    columns = {f"φ from {first:g}": gated_run(), "φ from 0": gated_run(phi=0.0, fade=0)}
+    columns = {f"φ starts at {first:g}": gated_run(), "φ starts at 0": gated_run(phi=0.0, fade=0)}
     fig, grid = figure(7.6, 3, 2, sharex=True, sharey="row")
     look, off, target = styles(list(NAMES)), {}, {"color": BLACK, "ls": ":", "lw": 1.5, "zorder": 3}
     for (title, (s, steps, *_)), axes in zip(columns.items(), grid.T):
@@ -156,7 +157,7 @@ def constraint() -> Figure:
     entries = [entry(NAMES[g], color=look[g]["color"]) for g in stats[0]] + [entry("target t", **target)]
     fig.legend(handles=entries, loc="outside lower center", ncols=3)
     text = ", ".join(f"{miss:.1f} ({title})" for title, miss in off.items())
-    fig.suptitle(f"Points between s and t in the last 20 steps: {text}", x=0.01, ha="left")
+    fig.suptitle(f"Last 20 steps, |s − t| in points: {text}", x=0.01, ha="left")
     return fig
 
 
@@ -185,7 +186,7 @@ def same_function() -> Figure:
         "float32": (masks, torch.float32, True, {"color": BLUE, "marker": "o"}),
         "float64": (masks, torch.float64, True, {"color": SKY, "marker": "s"}),
         "mistake: the norm's mean is over all": (masks, torch.float64, False, {"color": ORANGE, "marker": "^"}),
-        "mistake: gates not folded in": (unfolded, torch.float64, True, {"color": PINK, "marker": "D"}),
+        "mistake: gates not multiplied in": (unfolded, torch.float64, True, {"color": PINK, "marker": "D"}),
     }
     fig, [[ax]] = figure(5)
     worst = {}
@@ -204,11 +205,12 @@ def same_function() -> Figure:
     ax.set_xticks(range(len(places)), places)
     gone = sorted(set(range(len(model.layers))) - set(kept["layer"].tolist()))
     ax.set(yscale="log", ylim=(5e-18, 30))
+    ax.set_yticks((1e-17, 1e-13, 1e-9, 1e-5, 1e-1), ("0", "10⁻¹³", "10⁻⁹", "10⁻⁵", "10⁻¹"))
     ax.set_xlabel(f"what goes into this part, and the logits (layers {' and '.join(map(str, gone))} were pruned)")
     ax.set_ylabel("largest difference / largest value")
     fig.legend(loc="outside lower center", ncols=2)
     text = ", ".join(f"{worst[dtype]:.0e} ({dtype})" for dtype in ("float32", "float64"))
-    fig.suptitle(f"By how much of the largest logit the two differ: {text}", x=0.01, ha="left")
+    fig.suptitle(f"Gated minus small model: {text} of the largest logit", x=0.01, ha="left")
     return fig
 
 
@@ -234,22 +236,23 @@ def ball_outline(ax, corners, p, rho: float, **style) -> None:
 @matplotlib.rc_context(LOOK)
 def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
     """Chapter 4: the worst mixture within the ball, for a ball that grows and for one that moves."""
-    fig, [[left, right]] = figure(6, 1, 2)
+    fig, [[left, right]] = figure(6.4, 1, 2)
     p, excess, domains = np.array(p), np.array(excess), ["python", "manuals", "cpp"]
     corners = on_triangle(left, domains)
     for rho in (0.01, 0.1, 1):
         ball_outline(left, corners, p, rho, colors="#999999", linewidths=1)
-    for corner, e in zip(corners, excess):
-        way = (corner - p @ corners) * 5 * e
+    left.plot([], color="#999999", lw=1, label="the ball for ρ .01, .1, 1")
+    for corner, e in zip(corners, excess / excess.max()):
+        way = (corner - p @ corners) * e / 2
         left.annotate("", p @ corners + way, p @ corners, arrowprops={"arrowstyle": "-|>", "color": GREEN, "lw": 2})
     left.plot([], color=GREEN, label="excess, towards its domain")
-    rhos = np.logspace(-2, 1, 61)
+    rhos = np.logspace(-2, 1, 601)
     for f, style in ((0.0, {"ls": ":", "color": ORANGE}), (floor, {"color": BLUE})):
         q = np.array([dro_weights(excess, np.zeros(3), p, rho, f) for rho in rhos]) @ corners
         left.plot(*q.T, **style, label="q, no floor" if f == 0 else f"q, floor {f:g}")
-        left.plot(*q[::20].T, "o", color=style["color"])
+        left.plot(*q[::200].T, "o", color=style["color"])
     places = {}
-    for rho, point in zip(rhos[::20], q[::20]):
+    for rho, point in zip(rhos[::200], q[::200]):
         places.setdefault(tuple(point.round(2)), []).append(f"{rho:g}")
     for point, names in places.items():
         left.annotate(f"ρ {', '.join(names)}", point, (0.86, point[1]), color=BLUE, va="center",
@@ -265,7 +268,7 @@ def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
             color = {0: SKY, 5: BLUE, 30: BLACK}[evaluation]
             ball_outline(right, corners, ratio, 0.1, colors=color, linewidths=1.5)
             right.plot(*(ratio @ corners), "*", ms=14, color=color)
-            right.plot(*(q @ corners), "o", color=color, label=f"q after {evaluation} evaluations")
+            right.plot(*(q @ corners), "o", color=color, label=f"p moved {evaluation} times")
         ratio = update_ratio(ratio, q, p)
     right.set_title("Dynamic ratio (ρ 0.1): the ball moves")
     for ax in (left, right):
@@ -307,7 +310,7 @@ def law(run: Path = CONTINUE) -> Figure:
                 ax.plot(steps[n - 1 :], curves[i][n - 1 :], color=color)
                 ax.plot(steps[-1], curves[i][-1], "D", ms=7, mfc="none", mew=1.5, color=color, clip_on=False)
         ax.set(xlabel="step", title=f"{word} predicted: {metrics.domains[i]}")
-        text = f"mean error from {used[0]} %: {mean[i]:.3f}"
+        text = f"mean error at {', '.join(used)} %: {mean[i]:.3f}"
         ax.annotate(text, (0.97, 0.93), xycoords="axes fraction", ha="right", **LIKE)
     grid[0, 0].set_ylabel("validation loss (nats/token)")
     entries = [entry(f"at {100 * share:.0f} %", color=color) for share, color in colors.items()]
@@ -339,13 +342,14 @@ def steering() -> Figure:
         axes[0].minorticks_off()
         axes[1].set_xlabel("tokens (thousands)")
         worst[name] = max(y[-1] for y in rows[1].values())
-    for ax, label in zip(grid[:, 0], ("share of batches\n(%, log scale)", "loss less the\nsource's (nats)")):
+    for ax, label in zip(grid[:, 0], ("share of batches\n(%, log scale)", "loss minus the\nsource's (nats)")):
         ax.set_ylabel(label)
     for ax, row in zip(grid[:, 1], rows):
         ax.set_xlim(0, tokens[-1])
         label_ends(ax, {d: y[-1] for d, y in row.items()}, {d: d for d in domains}, look, size=12.5)
     text = ", ".join(f"{x:+.2f} ({name})" for name, x in worst.items()).replace("-", "−")
-    fig.suptitle(f"Worst domain, loss less the source's: {text}", x=0.01, ha="left")
+    grid[1, 0].annotate("faint: as measured", (0.97, 0.06), xycoords="axes fraction", ha="right", **LIKE)
+    fig.suptitle(f"Worst domain, loss minus the source's: {text}", x=0.01, ha="left")
     return fig
 
 
@@ -368,8 +372,9 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
     names = {"constant": ("constant", BLACK), "paper": ("DRPruning, paper's settings", BLUE)}
     names |= {"sheared": ("Sheared LLaMA's", SKY), "even": ("DRPruning, defaults", GREEN)}
     for scale, title, measure in (
-        ("toy", "toy, skewed: worst domain", "worst"),
         ("toy", "toy, skewed: average", "average"),
+        ("toy", "toy, skewed: worst domain", "worst"),
+        ("middle", "6.5M parameters, skewed: worst domain", "worst"),
         ("smollm2", "SmolLM2-135M, skewed: worst domain", "worst"),
     ):
         part = results[scale]["skewed"]
@@ -388,7 +393,7 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
         ax.set_title(f"{title}: {' or '.join(map(str, sorted(seeds)))} seed{'s' * (seeds != {1})}")
         ax.axvline(0, color=BLACK, lw=1)  # the source
         ax.grid(axis="x", color="#e4e4e4")
-    grid[-1, 0].set_xlabel("test loss less the source's (nats/token); dots: seeds, bars: means")
+    grid[-1, 0].set_xlabel("test loss minus the source's (nats/token); dots: seeds, bars: means")
     won = [np.mean(results["toy"]["skewed"][key]["worst"]) for key in ("constant", "even")]
     text = f"Skewed toy, worst domain: {won[0]:+.2f} when constant, {won[1]:+.2f} when steered"
     fig.suptitle(text.replace("-", "−"), x=0.01, ha="left")
