@@ -17,12 +17,14 @@ The functions are the mathematics; `Mixture` applies them at each evaluation and
     python train.py config/toy_continue.py config/paper.py --out out/toy_paper      # the paper's settings
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from scaling_law import FitError, ScalingLaw, fit_together
+
+if TYPE_CHECKING:
+    from plumbing.settings import Settings
 
 COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
 MORE_POINTS_THAN = 10  # points: the scaling law is asked only when there are more (section 3.2)
@@ -150,39 +152,23 @@ class Point(NamedTuple):
     rate: float = 1.0  # learning rate, as a share of its peak
 
 
-@dataclass
 class Mixture:
-    """The domain weights of a run, updated at each evaluation. ValueError for a schedule that does not exist, or
-    outside of LIMITS."""
+    """The domain weights of a run, updated at each evaluation.
 
-    domains: list[str]
-    initial: np.ndarray  # (n,) first weights and reference ratio; they need not sum to 1
-    schedule: str  # a key of SCHEDULES
-    reference: list[float] | None = None  # given reference losses
-    dynamic_reference: bool = False  # section 3.2
-    dynamic_ratio: bool = False  # section 3.3
-    law: str = "rate"  # "paper": eq. 4, and the lowest prediction counts; "rate": fit_together, and the newest counts
-    rho: float = 0.1  # these numbers are the paper's; train.py has its own (plumbing/settings.py)
-    floor: float = 0.2
-    temperature: float = 0.0
-    delta: float = 0.1
-    bound: float = 2.0
-    step_size: float = 1.0
-    clip: bool = False
+    s: the settings of the group "domains" in plumbing/settings.py. initial: first weights and reference ratio (n,),
+    which need not sum to 1. reference: given reference losses. ValueError for shares outside of LIMITS.
+    """
 
-    def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule = '{self.schedule}' is not one of {', '.join(SCHEDULES)}")
-        self.initial = np.asarray(self.initial, np.float64) / np.sum(self.initial)
-        numbers = ("initial", "rho", "floor", "temperature", "delta", "bound", "step_size")
-        check(**{name: getattr(self, name) for name in numbers})
-        self.laws: list[ScalingLaw | FitError | None] = [None] * len(self.domains)  # of the last evaluation
-        n, given = len(self.domains), self.reference
+    def __init__(self, s: "Settings", domains: list[str], initial, reference: list[float] | None = None):
+        self.s, self.domains, n = s, domains, len(domains)
+        self.initial = np.asarray(initial, np.float64) / np.sum(initial)
+        check(initial=self.initial)
+        self.laws: list[ScalingLaw | FitError | None] = [None] * n  # of the last evaluation
         self.state = {  # all that changes
             "weights": self.initial.tolist(),
             "ratio": self.initial.tolist(),
-            "reference": [None] * n if given is None else [float(r) for r in given],
-            "reference_is": [None] * n if given is None else ["given"] * n,  # later "predicted" or "seen"
+            "reference": [None] * n if reference is None else [float(r) for r in reference],
+            "reference_is": [None] * n if reference is None else ["given"] * n,  # later "predicted" or "seen"
             "history": {"tokens": [], "losses": [], "params": [], "rates": []},  # one entry per evaluation
         }
 
@@ -209,22 +195,20 @@ class Mixture:
             history["params"].append(float(now.params))
             history["rates"].append(float(now.rate))
         enough = len(history["losses"]) > MORE_POINTS_THAN
-        if self.dynamic_reference and progress >= PREDICT_FROM and enough:
+        if self.s.dynamic_reference and progress >= PREDICT_FROM and enough:
             self.laws = self._fit_laws(end)
             self._refer(end)
-        if self.schedule not in WITH_REFERENCES or None not in self.state["reference"]:
-            self.state["weights"] = SCHEDULES[self.schedule](self, progress, losses).tolist()
+        if self.s.schedule not in WITH_REFERENCES or None not in self.state["reference"]:
+            self.state["weights"] = SCHEDULES[self.s.schedule](self, progress, losses).tolist()
 
     def _fit_laws(self, end: Point) -> list[ScalingLaw | FitError]:
         """The scaling law of each domain, from all points so far, to be asked for the end of the run."""
         history = self.state["history"]
         tokens, losses, params, rates = (np.array(history[key]) for key in ("tokens", "losses", "params", "rates"))
-        if self.law == "rate":
-            return fit_together(tokens, losses, params, rates, end.tokens)
-        laws = []
-        for t, loss, at_end in zip(tokens.T, losses.T, end.tokens):  # eq. 4, for each domain alone
-            laws += fit_together(t[:, None], loss[:, None], params, tokens_end=[at_end])
-        return laws
+        if self.s.law == "paper":  # eq. 4, for each domain alone
+            alone = zip(tokens.T, losses.T, end.tokens)
+            return [fit_together(t[:, None], loss[:, None], params, None, [at_end])[0] for t, loss, at_end in alone]
+        return fit_together(tokens, losses, params, rates, end.tokens)
 
     def predictions(self, point: Point) -> list[float | None]:
         """The loss of each domain at a point, by the laws of the last evaluation; None where there is no law."""
@@ -244,7 +228,7 @@ class Mixture:
             candidates = [(seen[i], "seen")]
             if prediction is not None:
                 candidates.append((prediction, "predicted"))
-            if origin[i] in ("predicted", "seen") and (self.law == "paper" or prediction is None):
+            if origin[i] in ("predicted", "seen") and (self.s.law == "paper" or prediction is None):
                 candidates.append((reference[i], origin[i]))
             reference[i], origin[i] = min(candidates)
 
@@ -260,15 +244,16 @@ def constant(mixture: Mixture, progress: float, losses) -> np.ndarray:
 def sheared(mixture: Mixture, progress: float, losses) -> np.ndarray:
     """Sheared LLaMA's schedule."""
     weights = np.maximum(mixture.weights, 1 / HUGE)  # a run that went on from another schedule may have shares of 0
-    return sheared_weights(weights, losses, mixture.state["reference"], mixture.step_size, clip=mixture.clip)
+    s = mixture.s
+    return sheared_weights(weights, losses, mixture.state["reference"], s.step_size, clip=s.clip_excess)
 
 
 def dro(mixture: Mixture, progress: float, losses) -> np.ndarray:
     """The paper's schedule: the robust weights, and the ratio that follows them."""
-    state = mixture.state
-    q = dro_weights(losses, state["reference"], state["ratio"], mixture.rho, mixture.floor, mixture.temperature)
-    if mixture.dynamic_ratio and progress >= RATIO_FROM:  # section 3.3
-        state["ratio"] = update_ratio(state["ratio"], q, mixture.initial, mixture.delta, mixture.bound).tolist()
+    s, state = mixture.s, mixture.state
+    q = dro_weights(losses, state["reference"], state["ratio"], s.rho, s.floor, s.temperature)
+    if s.dynamic_ratio and progress >= RATIO_FROM:  # section 3.3
+        state["ratio"] = update_ratio(state["ratio"], q, mixture.initial, s.delta, s.bound).tolist()
     return q
 
 

@@ -23,6 +23,7 @@ out: the small dense Llama computes exactly what the source does with its determ
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -95,11 +96,6 @@ class HardConcrete(nn.Module):
         now = self.sample(torch.full_like(self.log_alpha, 0.5))
         return now.lerp(survivors(self.log_alpha, self.keep).to(now.dtype), share)
 
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Keep log_alpha where it has a gradient. To be called after each optimizer step."""
-        self.log_alpha.clamp_(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
-
 
 class PruningMasks(nn.Module):
     """The distributions of all gates that prune `source` to `target`, with their Lagrange multipliers.
@@ -131,18 +127,18 @@ class PruningMasks(nn.Module):
         self.source, self.target, self.sparsity_warmup = source, target, sparsity_warmup
         self.noise_from, self.noise_to, self.settle_at, self.fade = noise_from, noise_to, settle_at, fade
         self.multipliers = nn.ModuleDict()
-        target_shapes = gate_shapes(target)
-        for granularity, shape in gate_shapes(source).items():
-            keep = target_shapes[granularity][-1]
-            if keep == shape[-1]:
-                setattr(self, granularity, None)
-            else:
-                setattr(self, granularity, HardConcrete(shape, keep, log_alpha))
+        for (granularity, shape), (*_, keep) in zip(gate_shapes(source).items(), gate_shapes(target).values()):
+            setattr(self, granularity, HardConcrete(shape, keep, log_alpha) if keep < shape[-1] else None)
+            if keep < shape[-1]:
                 self.multipliers[granularity] = nn.ParameterList([torch.tensor(0.0), torch.tensor(float(phi))])
 
     def distributions(self) -> dict[str, HardConcrete]:
         """granularity -> its HardConcrete, for those that are pruned."""
         return {granularity: getattr(self, granularity) for granularity in self.multipliers}
+
+    def each(self, gates_of: Callable[[HardConcrete], Tensor]) -> Gates:
+        """What a function gives for the distribution of each granularity that is pruned."""
+        return Gates(**{granularity: gates_of(d) for granularity, d in self.distributions().items()})
 
     def sample(self, seed: int, step: int, gate_sample: int) -> Gates:
         """One draw of all gates. A step's batch may be divided into several parts, each with its own gate sample. Once
@@ -154,24 +150,22 @@ class PruningMasks(nn.Module):
             return self.settling(step + 1)
         noise = 1.0 - share_of(step, self.noise_from, self.noise_to)
         rng = randomness.generator(seed, randomness.NOISE, step, gate_sample)
-        z = {}
-        for granularity, distribution in self.distributions().items():
+
+        def draw(distribution):
             log_alpha = distribution.log_alpha
             u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, log_alpha.shape)).to(log_alpha.dtype)
-            z[granularity] = distribution.sample(send(u, log_alpha.device), noise)
-        return Gates(**z)
+            return distribution.sample(send(u, log_alpha.device), noise)
+
+        return self.each(draw)
 
     def settling(self, step: int) -> Gates:
         """The gates after `step` steps, once the choice is fixed: within `fade` steps they go to 0 or 1."""
         share = share_of(step, self.settle_at, self.settle_at + self.fade)
-        return Gates(**{g: distribution.settling(share) for g, distribution in self.distributions().items()})
+        return self.each(lambda distribution: distribution.settling(share))
 
     def deterministic(self, at_target: bool = True) -> Gates:
         """Gates without noise: exactly the target shape, or (at_target=False) as many survivors as are expected now."""
-        z = {}
-        for granularity, distribution in self.distributions().items():
-            z[granularity] = distribution.deterministic(distribution.keep if at_target else None)
-        return Gates(**z)
+        return self.each(lambda distribution: distribution.deterministic(distribution.keep if at_target else None))
 
     def evaluated(self, step: int) -> Gates | None:
         """The gates that an evaluation after `step` steps measures with. None is the source as it is. Until the choice
@@ -179,11 +173,6 @@ class PruningMasks(nn.Module):
         if step >= self.settle_at:
             return self.settling(step)
         return self.deterministic(at_target=False) if step > 0 else None
-
-    def target_sparsity(self, step: int) -> dict[str, float]:
-        """granularity -> wanted share of zeros at a step: a linear ramp from 0, then the target shape's."""
-        ramp = share_of(step, 0, self.sparsity_warmup)
-        return {g: ramp * (1 - d.keep / d.log_alpha.shape[-1]) for g, d in self.distributions().items()}
 
     def lagrangian(self, step: int) -> tuple[Tensor, dict]:
         """The constraint (eq. 1), summed over granularities, and what to log of it.
@@ -193,17 +182,18 @@ class PruningMasks(nn.Module):
         these are tensors, so that nothing here waits for the GPU.
         """
         total, stats = 0.0, {}
-        targets = self.target_sparsity(step)
+        ramp = share_of(step, 0, self.sparsity_warmup)
         for granularity, distribution in self.distributions().items():
             lam, phi = self.multipliers[granularity]
             nonzero = distribution.prob_nonzero()
             sparsity = 1 - nonzero.mean(-1)  # () or (L,)
-            gap = sparsity - targets[granularity]
+            target = ramp * (1 - distribution.keep / nonzero.shape[-1])
+            gap = sparsity - target
             total = total + (lam * gap + phi * gap**2).mean()  # eq. 1
             undecided = (nonzero > UNDECIDED[0]) & (nonzero < UNDECIDED[1])
             stats[granularity] = {
                 "sparsity": sparsity.detach().mean(),
-                "target_sparsity": targets[granularity],
+                "target_sparsity": target,
                 "undecided": undecided.float().mean(),
                 "lambda": lam.detach().clone(),  # as they are now: the step changes them
                 "phi": phi.detach().clone(),
@@ -215,7 +205,7 @@ class PruningMasks(nn.Module):
         """What is left of each structure after `step` steps: P(z != 0), or the gate once the choice is fixed."""
         if step >= self.settle_at:
             return self.settling(step)
-        return Gates(**{g: distribution.prob_nonzero() for g, distribution in self.distributions().items()})
+        return self.each(HardConcrete.prob_nonzero)
 
     def sparsity(self, step: int) -> dict[str, float]:
         """granularity -> expected share of zeros after `step` steps."""
@@ -238,9 +228,9 @@ class PruningMasks(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Clamp every log_alpha. To be called after each optimizer step."""
+        """Keep every log_alpha where it has a gradient. To be called after each optimizer step."""
         for distribution in self.distributions().values():
-            distribution.clamp_()
+            distribution.log_alpha.clamp_(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
 
 
 def share_of(step: float, start: float, end: float) -> float:
@@ -261,13 +251,11 @@ def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
             raise ValueError(
                 f"target {name} = {getattr(target, name)} is larger than the source's {getattr(source, name)}"
             )
-    if target.head_dim != source.head_dim:
-        raise ValueError(f"target head_dim = {target.head_dim} must be the source's {source.head_dim}: heads go whole")
-    if target.n_head * source.n_kv_head != target.n_kv_head * source.n_head:
-        group = source.n_head // source.n_kv_head
+    group = source.n_head // source.n_kv_head
+    if target.head_dim != source.head_dim or target.n_head != group * target.n_kv_head:
         raise ValueError(
-            f"target n_head = {target.n_head} with n_kv_head = {target.n_kv_head}: KV groups go whole, there must be "
-            f"{group} query heads per KV head as in the source"
+            f"target head_dim = {target.head_dim}, n_head = {target.n_head}, n_kv_head = {target.n_kv_head}: KV groups "
+            f"go whole, {group} query heads of {source.head_dim} dimensions for each KV head, as in the source"
         )
 
 
@@ -281,7 +269,7 @@ def extract(model: Llama, masks: PruningMasks) -> Llama:
     What is zero is cut out. What is left of a gate, say 0.93, is multiplied into the weights that it gates in the
     forward pass of model.py, and into no others. `model` and `masks` are on the same device, and stay as they are.
     """
-    z, kept = masks.deterministic(at_target=True), kept_indices(masks)
+    config, z, kept = masks.source, masks.deterministic(), kept_indices(masks)
     hidden = kept["hidden"]
     # the embedding's outputs are its columns; where it is tied it is the lm_head, too, which then has the norm's gate
     weights = {"embed_tokens.weight": scale_rows(model.embed_tokens.weight.T, z.hidden)[hidden].T}
@@ -293,47 +281,39 @@ def extract(model: Llama, masks: PruningMasks) -> Llama:
 
     for new, old in enumerate(kept["layer"].tolist()):
         layer, gates = model.layers[old], z.at(old)
-        q, kv = rows_of_groups(kept["head"][old], masks.source)
-        ffn = kept["ffn"][old]
-        z_v = None if gates.head is None else gates.head.repeat_interleave(masks.source.head_dim)
-        for name, row_gate, rows, columns in (
-            # weight, gate on its rows, rows that are kept, columns that are kept
-            ("self_attn.q_proj", None, q, hidden),
-            ("self_attn.k_proj", None, kv, hidden),
-            ("self_attn.v_proj", z_v, kv, hidden),
-            ("self_attn.o_proj", gates.out, hidden, q),
-            ("mlp.gate_proj", None, ffn, hidden),
-            ("mlp.up_proj", gates.ffn, ffn, hidden),
-            ("mlp.down_proj", gates.out, hidden, ffn),
-        ):
-            old_map, name = layer.get_submodule(name), f"layers.{new}.{name}"
-            weights[f"{name}.weight"] = scale_rows(old_map.weight, row_gate)[rows][:, columns]
-            if old_map.bias is not None:
-                weights[f"{name}.bias"] = scale_rows(old_map.bias, row_gate)[rows]
-        for name in ("self_attn.q_norm", "self_attn.k_norm") if masks.source.qk_norm else ():
-            weights[f"layers.{new}.{name}.weight"] = layer.get_parameter(f"{name}.weight").clone()
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            weight = layer.get_parameter(f"{name}.weight")
-            weights[f"layers.{new}.{name}.weight"] = scale_rows(weight, gates.hidden)[hidden]
+        ffn, one_head = kept["ffn"][old], torch.arange(config.head_dim)
+        q, kv = (rows_of_groups(kept["head"][old], n * config.head_dim) for n in (config.n_head // config.n_kv_head, 1))
+        z_v = None if gates.head is None else gates.head.repeat_interleave(config.head_dim)
+        rules = {  # gate on the rows, rows that are kept, columns that are kept
+            "self_attn.q_proj": (None, q, hidden),
+            "self_attn.k_proj": (None, kv, hidden),
+            "self_attn.v_proj": (z_v, kv, hidden),
+            "self_attn.o_proj": (gates.out, hidden, q),
+            "self_attn.q_norm": (None, one_head, None),
+            "self_attn.k_norm": (None, one_head, None),
+            "mlp.gate_proj": (None, ffn, hidden),
+            "mlp.up_proj": (gates.ffn, ffn, hidden),
+            "mlp.down_proj": (gates.out, hidden, ffn),
+            "input_layernorm": (gates.hidden, hidden, None),
+            "post_attention_layernorm": (gates.hidden, hidden, None),
+        }
+        for name, weight in layer.named_parameters():
+            gate, rows, columns = rules[name.rpartition(".")[0]]
+            weight = scale_rows(weight, gate)[rows]
+            weights[f"layers.{new}.{name}"] = weight[:, columns] if weight.dim() == 2 else weight
     return Llama.of_weights(masks.target, weights)
 
 
-def rows_of_groups(groups: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """The rows of q_proj, and those of k_proj and v_proj, that belong to these KV groups (indices)."""
-    q_rows = torch.arange(config.n_head * config.head_dim, device=groups.device)
-    kv_rows = torch.arange(config.n_kv_head * config.head_dim, device=groups.device)
-    q, kv = (rows.view(config.n_kv_head, -1)[groups].flatten() for rows in (q_rows, kv_rows))
-    return q, kv
+def rows_of_groups(groups: Tensor, size: int) -> Tensor:
+    """The rows of a weight that belong to these KV groups (indices), `size` rows to each."""
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
 
 
 def kept_indices(masks: PruningMasks) -> dict[str, Tensor]:
     """granularity -> indices kept at the target, in order: layer (L',), hidden (D',), head (L, G'), ffn (L, I')."""
     kept = {}
     for granularity, shape in gate_shapes(masks.source).items():
-        distribution = getattr(masks, granularity)
-        if distribution is None:
-            kept[granularity] = torch.arange(shape[-1]).expand(shape)
-        else:
-            survive = survivors(distribution.log_alpha, distribution.keep)
-            kept[granularity] = survive.nonzero()[:, -1].view(*shape[:-1], distribution.keep)
+        gates = getattr(masks, granularity)
+        survive = torch.ones(shape) if gates is None else survivors(gates.log_alpha, gates.keep)
+        kept[granularity] = survive.nonzero()[:, -1].view(*shape[:-1], -1)
     return kept

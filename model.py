@@ -16,7 +16,7 @@ Shapes: B batch, T time, D d_model, H query heads, G key/value heads (groups), K
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from plumbing import huggingface
 from plumbing.products import linear  # F.linear, faster on some CPUs
 
-LOGITS_AT_ONCE = 2**27  # the loss is computed in pieces of at most this many logits (512 MiB in float32)
+LOGITS_AT_ONCE = 2**27  # 512 MiB in float32: all logits at once would be the largest tensor of a step
 
 # call a function, keep only its inputs, and compute the rest again in the backward pass; nothing random is inside
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -59,7 +59,7 @@ class LlamaConfig:
     others: dict = field(default_factory=dict, compare=False)  # keys of a config.json that are written as they were
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ffn", "max_seq_len"):
+        for name in ("vocab_size", *self.shape, "max_seq_len"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} = {value!r} must be a whole number of at least 1")
@@ -127,8 +127,8 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def rope(position: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (T, K) of the rotary embedding at positions (T,), for `rotate`."""
-    pair = torch.arange(0, config.head_dim, 2, device=position.device, dtype=dtype)
+    """Cosines and signed sines (T, K) of the rotary embedding at positions (T,), in `dtype`, for `rotate`."""
+    pair = torch.arange(0, config.head_dim, 2, device=position.device, dtype=at_least_float32(dtype))
     frequency = config.rope_theta ** (-pair / config.head_dim)
     if (scaling := config.rope_scaling) is not None:
         # Llama 3: what turns often within the original context stays, what turns rarely is slowed down by `factor`
@@ -137,7 +137,8 @@ def rope(position: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Ten
         stays = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (stays + (1 - stays) / scaling["factor"])
     angle = position[:, None] * frequency
-    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.head_dim, self.gqa = config.head_dim, config.n_head != config.n_kv_head
+        self.head_dim = config.head_dim
         q_size, kv_size = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.q_proj = nn.Linear(config.d_model, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.d_model, kv_size, bias=config.qkv_bias)
@@ -211,7 +212,7 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), *cos_sin), rotate(self.k_norm(k), *cos_sin)
         if cache is not None:
             k, v = cache.append(k, v)
-        if self.gqa and q.is_cuda and q.dtype == torch.float32 and not torch.is_autocast_enabled("cuda"):
+        if q.is_cuda and q.dtype == torch.float32 and not torch.is_autocast_enabled("cuda") and k.shape[1] < q.shape[1]:
             # CUDA's float32 kernel knows no groups: another one would hold all scores (B, H, T, T) at once
             k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
         # a single new token may look at everything before it; a prompt is causal within itself
@@ -262,8 +263,8 @@ class Llama(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """The weights of a model from scratch: name and value of each parameter, float32 on the CPU, one at a time.
+    def initial_weights(self, seed: int) -> Iterator[Tensor]:
+        """The weights of a model from scratch, in the order of its parameters, float32 on the CPU, one at a time.
 
         N(0, 0.02²), and smaller by 1/sqrt(2L) for the maps into the residual stream (GPT-2); norms 1, biases 0. Only
         the shapes of the parameters are used: processes that each hold a part of the model (on the meta device) draw
@@ -276,12 +277,12 @@ class Llama(nn.Module):
                 into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / (2 * self.config.n_layer) ** 0.5 if into_stream else 0.02
                 nn.init.normal_(weight, std=std, generator=generator)
-            yield name, weight
+            yield weight
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Llama":
         """Fill all parameters with `initial_weights`. Returns self."""
-        for parameter, (_, weight) in zip(self.parameters(), self.initial_weights(seed)):
+        for parameter, weight in zip(self.parameters(), self.initial_weights(seed)):
             parameter.copy_(weight)
         return self
 
@@ -302,8 +303,7 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)
         if z.hidden is not None:
             x = x * z.hidden.to(x.dtype)
-        cos, sin = rope(position, self.config, at_least_float32(x.dtype))
-        cos_sin = cos.to(x.dtype), sin.to(x.dtype)
+        cos_sin = rope(position, self.config, x.dtype)
         for i, layer in enumerate(self.layers):
             inputs = (x, cos_sin, z.at(i), None if cache is None else cache[i])
             if self.checkpoint_layers and torch.is_grad_enabled():
@@ -320,7 +320,6 @@ class Llama(nn.Module):
             logits = linear(x, self.lm_head.weight)
             return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, reduction="none")
 
-        # all logits in float32 would be the largest tensor of a step: compute them piece by piece
         size = max(1, LOGITS_AT_ONCE // self.config.vocab_size)  # tokens in a piece
         pieces = list(zip(x.flatten(0, 1).split(size), targets.flatten().split(size)))
         if len(pieces) == 1:
@@ -350,11 +349,9 @@ class Llama(nn.Module):
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> "Llama":
         """The model of a directory that `transformers` or `save_pretrained` wrote. ValueError or OSError names what is
         missing, misshapen or unknown."""
-        with torch.device("meta"):
-            model = cls(read_config(path))
-        read = open_weights(path, model)
-        weights = {name: read(name).to(dtype, copy=True) for name, _ in model.named_parameters()}
-        return cls.of_weights(model.config, weights)
+        config = read_config(path)
+        weights = {name: place.read().to(dtype, copy=True) for name, place in open_weights(path, config).items()}
+        return cls.of_weights(config, weights)
 
     @classmethod
     def of_weights(cls, config: LlamaConfig, weights: dict[str, Tensor]) -> "Llama":
@@ -383,8 +380,9 @@ def read_config(path: str | Path) -> LlamaConfig:
     return huggingface.read_config(Path(path), LlamaConfig)
 
 
-def open_weights(path: str | Path, model: Llama) -> Callable[..., Tensor]:
-    """Open a directory that holds `model`'s weights: read(name, rows=slice(None)) gives one parameter, or some rows of
-    it. ValueError unless the directory has just the parameters of `model`, which may be on the meta device."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    return huggingface.open_weights(Path(path), shapes, model.config.tie_embeddings)
+def open_weights(path: str | Path, config: LlamaConfig) -> dict[str, huggingface.Place]:
+    """Where a directory holds each parameter: `read` of a place gives it, or some rows of it. ValueError unless the
+    directory has just the parameters of a model of this shape."""
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
+    return huggingface.open_weights(Path(path), shapes, config.tie_embeddings)

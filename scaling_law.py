@@ -54,7 +54,7 @@ class ScalingLaw:
     beta: float
     E: float
     tokens_scale: float
-    params_scale: float | None = None
+    params_scale: float = 1.0
     B: float = 0.0
 
     def predict(self, tokens, params=None, rate=0.0):
@@ -62,7 +62,7 @@ class ScalingLaw:
         this share of the peak learning rate. Raises FitError where that is not a finite number."""
         with np.errstate(all="ignore"):
             t = np.asarray(tokens, np.float64) / self.tokens_scale
-            p = 1.0 if params is None or self.params_scale is None else np.asarray(params, float) / self.params_scale
+            p = 1.0 if params is None else np.asarray(params, np.float64) / self.params_scale
             loss = self.A * p**-self.alpha * t**-self.beta + self.B * np.asarray(rate) + self.E  # eq. 4
         if not np.isfinite(loss).all():
             raise FitError("the prediction is not a finite number")
@@ -116,19 +116,15 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
     theta = solve(points)
     alpha, beta, B, A, E = unpack(theta)
     misses = residuals(theta, points)[: len(row)]
-    vary = np.ptp(log_p) > 1e-6
+    alpha, B = alpha if np.ptp(log_p) > 1e-6 else 0.0, B if rates.any() else 0.0
     for k, i in enumerate(fitted):
         miss, law = misses[domain == k], (misses + points.loss)[domain == k]
         if not np.isfinite([*theta, *miss]).all():
             laws[i] = FitError("the fitted law is not finite")
-        elif np.std(law) >= max(
-            MAD_TO_SIGMA * np.median(np.abs(miss)) / 3, 1e-4
-        ):  # a tenth of the variance is the law's
-            scales = float(scale[k]), float(params[-1]) if vary else None
-            law = float(A[k]), float(alpha) if vary else 0.0, float(beta), float(E[k])
-            laws[i] = ScalingLaw(*law, *scales, B=float(B) if rates.any() else 0.0)
-        else:
+        elif np.std(law) < max(MAD_TO_SIGMA * np.median(np.abs(miss)) / 3, 1e-4):  # a tenth of the variance
             laws[i] = FitError("the losses do not fall")
+        else:
+            laws[i] = ScalingLaw(*map(float, (A[k], alpha, beta, E[k], scale[k], params[-1], B)))
     return laws
 
 

@@ -66,7 +66,8 @@ class Trainer:
         gc.collect()  # after a cut: the large model is in cycles that nothing else holds
         per_token = parallel.size() / (s.batch_size * s.seq_len)  # of this process: gradients are averaged, not summed
         for step in range(first, end):
-            set_learning_rates(optimizer, s, step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_scale(step, s)
             for part in engine.micro_batches(self.reader.next_batch(step, self.mixture.weights)):
                 z = masks.sample(s.seed, step, part.gate_sample) if masks else None
                 nll = engine(part.tokens[:, :-1], z, targets=part.tokens[:, 1:])  # (b, T) cross entropies, nats
@@ -212,38 +213,18 @@ def make_optimizer(s: Settings, model: Llama, masks: PruningMasks | None) -> tor
     return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, s: Settings, step: int) -> None:
-    """All rates follow one schedule."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * lr_scale(step, s)
-
-
 def lr_scale(step: float, s: Settings) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then cosine down to min_lr."""
+    """Share of their peaks that all learning rates have at a step: linear warm-up, then cosine down to min_lr."""
     if step < s.warmup:
-        return (step + 1) / s.warmup
+        return min(1.0, (step + 1) / s.warmup)  # `course` asks for steps between two
     progress = (step - s.warmup) / max(1, s.steps - s.warmup)
     return s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_mixture(s: Settings, data: TokenData, references: dict[str, float] | None) -> Mixture:
     """The domain weights at the start of a run."""
-    return Mixture(
-        data.domains,
-        [s.ratio[d] if s.ratio else data.tokens(d, "train").size for d in data.domains],
-        s.schedule,
-        [references[d] for d in data.domains] if references else None,
-        dynamic_reference=s.dynamic_reference,
-        dynamic_ratio=s.dynamic_ratio,
-        law=s.law,
-        rho=s.rho,
-        floor=s.floor,
-        temperature=s.temperature,
-        delta=s.delta,
-        bound=s.bound,
-        step_size=s.step_size,
-        clip=s.clip_excess,
-    )
+    initial = [s.ratio[d] if s.ratio else data.tokens(d, "train").size for d in data.domains]
+    return Mixture(s, data.domains, initial, [references[d] for d in data.domains] if references else None)
 
 
 def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> PruningMasks:
@@ -292,7 +273,7 @@ def rehearse(s: Settings, source: LlamaConfig, rehearsal: cost.Rehearsal) -> Non
             shape, masks = (source, make_masks(s, source, target)) if s.cut_at else (target, None)
     layers = {**rehearsal.sharding, "checkpoint_layers": s.activation_checkpointing}
     model = parallel.make_model(shape, None, rehearsal.device, **layers)
-    trainer = Trainer(s, model, masks, rehearsal, Mixture(["all"], [1.0], "constant"))
+    trainer = Trainer(s, model, masks, rehearsal, Mixture(s, ["all"], [1.0]))
     rehearsal.watch(trainer)
     trainer.train(run=rehearsal, log=None)
 

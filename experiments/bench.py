@@ -44,6 +44,7 @@ from plumbing.command_line import Parser, user_errors  # noqa: E402
 from plumbing.cost import flops_per_token  # noqa: E402
 from plumbing.data import BatchReader, TokenData  # noqa: E402
 from plumbing.run import flush  # noqa: E402
+from plumbing.settings import Settings  # noqa: E402
 from plumbing.tokenizer import load_tokenizer  # noqa: E402
 from prepare_data import prepare  # noqa: E402
 from scaling_law import ScalingLaw, fit  # noqa: E402
@@ -174,9 +175,10 @@ def time_schedule(rounds: int, domains: int = 7, points: int = 64) -> float:
     """Median seconds of `Mixture.update`, full method, with so many points in each domain and a shrinking model."""
     rng, seconds = np.random.default_rng(0), []
     for _ in range(rounds):
-        mixture = Mixture(list(map(str, range(domains))), [1] * domains, "dro", [2.0] * domains, dynamic_ratio=True)
+        s = Settings(schedule="dro", reference_model="given")
+        mixture = Mixture(s, list(map(str, range(domains))), [1] * domains, [2.0] * domains)
         for k in range(1, points + 1):
-            mixture.dynamic_reference = k == points  # the other updates are not timed
+            mixture.s = replace(s, dynamic_reference=k == points)  # the other updates are not timed
             now = Point(np.full(domains, 1000 * k), 1.25e6 - 7.5e5 * min(1, 5 * k / points), 1 - k / points)
             losses = 2 + 5 * (1000 * k) ** -0.3 + 0.005 * rng.standard_normal(domains)
             start = time.perf_counter()

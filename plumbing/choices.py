@@ -40,7 +40,7 @@ def choose_(masks: PruningMasks, scores: Scores) -> None:
 
 def settle_(masks: PruningMasks) -> None:
     """Fix the choice that the gates have learned, in place."""
-    choose_(masks, Scores(**{g: distribution.log_alpha for g, distribution in masks.distributions().items()}))
+    choose_(masks, masks.each(lambda distribution: distribution.log_alpha))
 
 
 def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], seed: int) -> Scores:
@@ -67,8 +67,7 @@ def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], se
 def random_scores(masks: PruningMasks, seed: int) -> Scores:
     """Scores drawn at random."""
     rng = randomness.generator(seed, randomness.CHOICE)
-    distributions = masks.distributions()
-    return Scores(**{g: torch.from_numpy(rng.random(d.log_alpha.shape)) for g, d in distributions.items()})
+    return masks.each(lambda distribution: torch.from_numpy(rng.random(distribution.log_alpha.shape)))
 
 
 @torch.no_grad()

@@ -44,9 +44,9 @@ def read_moments(path: Path, model: Llama, optimizer: torch.optim.Optimizer, ste
     """Give AdamW the moments that `write` has written for this model, after `step` steps."""
     if step == 0:
         return
-    read = {moment: open_weights(path / moment, model) for moment in MOMENTS}
+    places = {moment: open_weights(path / moment, model.config) for moment in MOMENTS}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)}
         for moment in MOMENTS:
             state[moment] = torch.empty_like(parameter)
-            parallel.local(state[moment]).copy_(read[moment](name, parallel.my_rows(parameter)))
+            parallel.local(state[moment]).copy_(places[moment][name].read(parallel.my_rows(parameter)))

@@ -208,8 +208,8 @@ def stored_dtype(path: Path) -> torch.dtype:
     return DTYPES[counts.most_common(1)[0][0]] if counts else torch.float32  # `open_weights` will refuse it
 
 
-def open_weights(path: Path, shapes: dict[str, torch.Size], tied: bool) -> Callable[..., Tensor]:
-    """Open the weights of a directory: read(name, rows=slice(None)) gives one, or some rows of it, as it is stored.
+def open_weights(path: Path, shapes: dict[str, torch.Size], tied: bool) -> dict[str, Place]:
+    """Where each weight of a directory is stored.
 
     shapes: name -> shape of each weight the model has. tied: lm_head is the embedding, and not among them. It may be
     stored as either, or as both if they are equal. ValueError unless the files hold exactly these weights.
@@ -236,7 +236,7 @@ def open_weights(path: Path, shapes: dict[str, torch.Size], tied: bool) -> Calla
             wrong.append(f"{name} is stored as {place.dtype}, only {', '.join(DTYPES)} are weights")
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} tensors do not fit: {', '.join(sorted(wrong)[:4])}")
-    return lambda name, rows=slice(None): places[name].read(rows)
+    return places
 
 
 def equal(a: Place, b: Place) -> bool:

@@ -198,7 +198,7 @@ def make_model(
         read_weights(model, source)
     elif source is not None:
         with torch.no_grad():
-            for parameter, (_, weight) in zip(model.parameters(), model.initial_weights(source)):
+            for parameter, weight in zip(model.parameters(), model.initial_weights(source)):
                 local(parameter).copy_(weight[my_rows(parameter)])
     return model
 
@@ -207,9 +207,9 @@ def make_model(
 def read_weights(model: Llama, path: Path) -> None:
     """Fill a model, or this process's shard of it, with the weights of a directory in Hugging Face's format. ValueError
     unless the directory has just these weights, and all of them are finite."""
-    read = open_weights(path, model)
+    places = open_weights(path, model.config)
     for name, parameter in model.named_parameters():
-        local(parameter).copy_(read(name, my_rows(parameter)))
+        local(parameter).copy_(places[name].read(my_rows(parameter)))
     check_finite(dict(model.named_parameters()), path)
 
 

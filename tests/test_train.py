@@ -585,3 +585,10 @@ def test_evaluation_is_over_all_sequences_whatever_the_batch_size(chain, tiny_da
     with torch.no_grad():
         logits = model(tokens[:, :-1]).transpose(1, 2)
     assert one["sums"] == pytest.approx(torch.nn.functional.cross_entropy(logits, tokens[:, 1:]).item(), rel=1e-6)
+
+
+def test_learning_rate_is_never_above_its_peak():
+    """Also between two steps, where the scaling law's curve asks for it."""
+    s = Settings(steps=100, warmup=19, min_lr=0.1)
+    rates = [train.lr_scale(step, s) for step in np.linspace(0, 100, 1001)]
+    assert max(rates) == 1 and rates[0] == 1 / 19 and rates[-1] == pytest.approx(0.1)
