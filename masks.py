@@ -246,11 +246,9 @@ def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
     target.d_model need not be a multiple of target.n_head, since head_dim stays. Only transformers wants it to be, so
     train.py checks that.
     """
-    for name in ("n_layer", "d_model", "n_kv_head", "n_head", "d_ffn"):
-        if getattr(target, name) > getattr(source, name):
-            raise ValueError(
-                f"target {name} = {getattr(target, name)} is larger than the source's {getattr(source, name)}"
-            )
+    for name, size in source.shape.items():
+        if target.shape[name] > size:
+            raise ValueError(f"target {name} = {target.shape[name]} is larger than the source's {size}")
     group = source.n_head // source.n_kv_head
     if target.head_dim != source.head_dim or target.n_head != group * target.n_kv_head:
         raise ValueError(
