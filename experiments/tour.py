@@ -238,14 +238,14 @@ def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
     """Chapter 4: the worst mixture within the ball, for a ball that grows and for one that moves."""
     fig, [[left, right]] = figure(6.4, 1, 2)
     p, excess, domains = np.array(p), np.array(excess), ["python", "manuals", "cpp"]
-    corners = on_triangle(left, domains)
+    corners, _ = (on_triangle(ax, domains) for ax in (left, right))
     for rho in (0.01, 0.1, 1):
         ball_outline(left, corners, p, rho, colors="#999999", linewidths=1)
-    left.plot([], color="#999999", lw=1, label="the ball for ρ .01, .1, 1")
     for corner, e in zip(corners, excess / excess.max()):
         way = (corner - p @ corners) * e / 2
         left.annotate("", p @ corners + way, p @ corners, arrowprops={"arrowstyle": "-|>", "color": GREEN, "lw": 2})
-    left.plot([], color=GREEN, label="excess, towards its domain")
+    for color, label in (("#999999", "the ball for ρ .01, .1, 1"), (GREEN, "excess, towards its domain")):
+        left.plot([], color=color, label=label)
     rhos = np.logspace(-2, 1, 601)
     for f, style in ((0.0, {"ls": ":", "color": ORANGE}), (floor, {"color": BLUE})):
         q = np.array([dro_weights(excess, np.zeros(3), p, rho, f) for rho in rhos]) @ corners
@@ -260,7 +260,6 @@ def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
     left.plot(*(p @ corners), "k*", ms=14)
     left.set_title("A larger ρ: further to the worst")
 
-    corners = on_triangle(right, domains)
     ratio = p
     for evaluation in range(31):
         q = dro_weights(excess, np.zeros(3), ratio, 0.1, floor)
