@@ -236,7 +236,7 @@ def ball_outline(ax, corners, p, rho: float, **style) -> None:
 @matplotlib.rc_context(LOOK)
 def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
     """Chapter 4: the worst mixture within the ball, for a ball that grows and for one that moves."""
-    fig, [[left, right]] = figure(6.4, 1, 2)
+    fig, [[left, right]] = figure(6, 1, 2)
     p, excess, domains = np.array(p), np.array(excess), ["python", "manuals", "cpp"]
     corners, _ = (on_triangle(ax, domains) for ax in (left, right))
     for rho in (0.01, 0.1, 1):
@@ -244,7 +244,7 @@ def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
     for corner, e in zip(corners, excess / excess.max()):
         way = (corner - p @ corners) * e / 2
         left.annotate("", p @ corners + way, p @ corners, arrowprops={"arrowstyle": "-|>", "color": GREEN, "lw": 2})
-    for color, label in (("#999999", "the ball for ρ .01, .1, 1"), (GREEN, "excess, towards its domain")):
+    for color, label in (("#999999", "ball, ρ .01, .1, 1"), (GREEN, "excess")):
         left.plot([], color=color, label=label)
     rhos = np.logspace(-2, 1, 601)
     for f, style in ((0.0, {"ls": ":", "color": ORANGE}), (floor, {"color": BLUE})):
@@ -267,11 +267,11 @@ def ball(excess=(0.0, 0.04, 0.10), p=(0.5, 0.2, 0.3), floor=0.2) -> Figure:
             color = {0: SKY, 5: BLUE, 30: BLACK}[evaluation]
             ball_outline(right, corners, ratio, 0.1, colors=color, linewidths=1.5)
             right.plot(*(ratio @ corners), "*", ms=14, color=color)
-            right.plot(*(q @ corners), "o", color=color, label=f"p moved {evaluation} times")
+            right.plot(*(q @ corners), "o", color=color, label=f"p moved {evaluation}×")
         ratio = update_ratio(ratio, q, p)
     right.set_title("Dynamic ratio (ρ 0.1): the ball moves")
     for ax in (left, right):
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02))
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, columnspacing=1)
     fig.suptitle("The mixture (●) is the worst one in a ball around the ratio (★)", x=0.01, ha="left")
     return fig
 
