@@ -197,6 +197,7 @@ TABLE = [
     ("a call", "train --steps=exit()", None, "only literals and arithmetic on them are allowed, not `exit()`"),
     ("an attribute", "train --steps=().__class__", None, "only literals"),
     ("a choice that is none", "train --schedule=droo", None, "'droo' is not one of"),
+    ("a bound below 1", "train --bound=0.5", None, "bound = 0.5 must be 1 to"),
     ("a power that never ends", "train --steps=9**9**9", None, "a whole number must be below 2**63"),
     ("a power of floats", "train --lr=9.0**9.0**9.0", None, "it cannot be computed"),
     ("a sum of 3,000 terms", "train --steps=" + "+".join("1" * 3000), None, "a whole number is needed"),
