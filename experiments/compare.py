@@ -288,8 +288,8 @@ def tables(results: dict) -> list[str]:
 def answers_table(rows: dict) -> str:
     """Markdown: right answers to two-choice questions in %, mean over seeds ± the standard error of one model."""
     asked = {schedule: row for schedule, row in rows.items() if "right answers, average" in row}
-    keys = [key.split(", ")[1] for row in asked.values() for key in row if key.startswith("right answers, ")]
-    keys = list(dict.fromkeys(keys))
+    found = dict.fromkeys(key for row in asked.values() for key in row if key.startswith("right answers, "))
+    keys = [key.removeprefix("right answers, ") for key in found]
     lines = [f"| | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
     for schedule, row in asked.items():
         means = [[100 * np.mean(row[f"{what}, {key}"]) for what in ("right answers", "their error")] for key in keys]
