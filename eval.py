@@ -41,6 +41,7 @@ from plumbing.tokenizer import Tokenizer, load_tokenizer
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
 
 SEQUENCES_A_DOMAIN, QUESTIONS_A_DOMAIN = 256, 200  # unless --sequences is given
+TOKENS_OF_A_SAMPLE = 200  # unless --tokens is given
 PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens generated, times measured
 
 
@@ -176,11 +177,11 @@ def main():
             if args.write_questions:
                 write_all(args.write_questions, asked)
         if args.sample is not None:
-            check_ids(models, tokenizer.encode(args.sample))
+            start, ids = encode_sample(args, tokenizer, models)
     # As in training, the weights stay float32. One context for each model: bfloat16 copies live as long as it does.
     precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     if args.sample is not None:
-        print_samples(models, tokenizer, args, precision)
+        print_samples(models, tokenizer, start, ids, args, precision)
         return
     report = {"data": args.data, "split": args.split, "dtype": args.dtype}
     if args.asking:
@@ -223,10 +224,23 @@ def print_coverage(report: dict) -> None:
     print(f"{report['split']} split, {report['dtype']}, sequences of {report['seq_len']} tokens: {', '.join(counts)}")
 
 
-def print_samples(models: dict[str, Llama], tokenizer: Tokenizer, args: argparse.Namespace, precision) -> None:
-    """The text of --sample as each model continues it."""
+def encode_sample(args: argparse.Namespace, tokenizer: Tokenizer, models: dict[str, Llama]) -> tuple[list, list]:
+    """The token ids of what comes before the text of --sample, and of the text. Where --tokens was not given, it
+    becomes what the models have room for. ValueError where they have none, or do not know a token of the text."""
     ids = tokenizer.encode(args.sample).tolist()
+    check_ids(models, ids)
     start = start_of_text(tokenizer, ids)
+    longest = min(model.config.max_seq_len for model in models.values())
+    given = len(start) + len(ids)
+    if args.tokens is None:
+        args.tokens = max(1, min(TOKENS_OF_A_SAMPLE, longest - given))
+    if given + args.tokens > longest:
+        raise ValueError(f"--sample: {given} tokens of text and {args.tokens} more; the models take {longest} at most")
+    return start, ids
+
+
+def print_samples(models: dict[str, Llama], tokenizer: Tokenizer, start: list, ids: list, args, precision) -> None:
+    """The text of --sample as each model continues it."""
     for path, model in models.items():
         prompt = torch.tensor([start + ids], device=model.embed_tokens.weight.device)
         with precision():
@@ -319,7 +333,10 @@ def arguments() -> argparse.Namespace:
     group = parser.add_argument_group("a sample, instead of losses and speed")
     group.add_argument("--sample", type=utf8, metavar="TEXT", help="Let each model continue this text.")
     group.add_argument(
-        "--tokens", type=number(int, 1, 10**6), default=200, metavar="N", help="How many tokens it adds. Default: 200."
+        "--tokens",
+        type=number(int, 1, 10**6),
+        metavar="N",
+        help=f"How many tokens it adds. Default: {TOKENS_OF_A_SAMPLE}, or less where a model takes less.",
     )
     group.add_argument(
         "--temperature",

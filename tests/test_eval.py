@@ -180,6 +180,23 @@ def test_a_text_that_the_model_has_no_token_for(tiny_data, tmp_path, monkeypatch
     assert "it has 110 tokens, and the text holds the id 119" in capsys.readouterr().err
 
 
+def test_a_sample_ends_where_the_model_ends(chain, tiny_data, monkeypatch, capsys):
+    """The model takes 64 tokens, a byte each: by default the sample is no longer; more is an error."""
+    lengths = []
+
+    def generate(self, tokens, n, temperature, seed):
+        lengths.append((tokens.shape[1], n))
+        return tokens
+
+    monkeypatch.setattr(eval_module.Llama, "generate", generate)
+    for text, more in (("ab", []), ("a" * 63, []), ("ab", ["--tokens=62"])):
+        assert run(monkeypatch, chain[0]["pretrain"], f"--data={tiny_data}", f"--sample={text}", *more) == 0
+    assert lengths == [(2, 62), (63, 1), (2, 62)]
+    for text, more in (("a" * 64, []), ("ab", ["--tokens=63"])):
+        assert run(monkeypatch, chain[0]["pretrain"], f"--data={tiny_data}", f"--sample={text}", *more) == 2
+        assert "the models take 64 at most" in capsys.readouterr().err
+
+
 def test_a_sample_continues_the_text(chain, tiny_data, monkeypatch, capsys):
     args = (chain[0]["pretrain"], f"--data={tiny_data}", "--sample", "the cat", "--tokens=30")
     assert run(monkeypatch, *args) == 0
