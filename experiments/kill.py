@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -66,7 +67,7 @@ def kill(process: subprocess.Popen) -> bool:
 def wait_until_it_trains(process: subprocess.Popen) -> None:
     """Read what it prints until the first step, or until it goes on from a checkpoint."""
     for line in process.stdout:
-        if line.startswith(("step", "going on")):
+        if re.match(r"step +\d|going on", line):  # not the setting "steps = 600"
             break
 
 

@@ -1,6 +1,6 @@
 """What would the large runs cost? A table of their dry runs: one row for each config and each way to save memory.
 
-    python experiments/large.py             # about ten minutes; writes docs/dry_run/large.json, prints the table
+    python experiments/large.py             # ten to fifteen minutes; writes docs/dry_run/large.json, prints the table
 
 The memory does not depend on the GPU. So each row is rehearsed once, and held against GPUs of 80 and of 40 GB. What
 stands in the file already is not made again.
