@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from model import Gates, KVCache, Llama
 from plumbing import parallel
-from plumbing.command_line import Parser, check_output, command, number, user_errors
+from plumbing.command_line import Parser, check_output, check_utf8, command, number, user_errors
 from plumbing.continuation import answer, encode, make_or_read, start_of_text, write_all
 from plumbing.data import TokenData
 from plumbing.dataset import DamagedData
@@ -279,15 +279,6 @@ def check_ids(models: dict[str, Llama], ids: Iterable[int]) -> None:
             raise ValueError(f"{path}: it has {model.config.vocab_size} tokens, and the text holds the id {largest}")
 
 
-def utf8(text: str) -> str:
-    """The type of an option that is a text. Python turns bytes of the command line that are no UTF-8 into others."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("this is no UTF-8 text") from None
-    return text
-
-
 def arguments() -> argparse.Namespace:
     """The command line. ValueError for what is not on it."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -331,7 +322,7 @@ def arguments() -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("a sample, instead of losses and speed")
-    group.add_argument("--sample", type=utf8, metavar="TEXT", help="Let each model continue this text.")
+    group.add_argument("--sample", metavar="TEXT", help="Let each model continue this text.")
     group.add_argument(
         "--tokens",
         type=number(int, 1, 10**6),
@@ -383,6 +374,8 @@ def arguments() -> argparse.Namespace:
         raise ValueError("--sequences: all questions of the files of --questions are asked")
     if args.sample is not None and (args.asking or args.json):
         raise ValueError(f"--sample only prints text, so {'--json' if args.json else 'questions'} cannot go with it")
+    if args.sample is not None:
+        check_utf8(args.sample)
     if 0 < args.temperature < 1e-3:
         raise ValueError(f"--temperature {args.temperature} must be 0 or at least 0.001")
     if args.json:

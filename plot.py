@@ -216,7 +216,8 @@ def weights_figure(run: Metrics) -> Figure:
     entries = [entry("data weight q", **RAW), entry("running mean"), entry("reference ratio p", ls=":", lw=1.5)]
     legend(fig, [*entries, *draw_timeline(ax, run)])
 
-    share = {d: q[d][: max(1, len(steps) - 1)].mean() for d in q}  # by which the batches so far were drawn
+    drawn = np.diff(steps) if len(steps) > 1 else [1]  # steps in which each was in force
+    share = {d: np.average(q[d][: len(drawn)], weights=drawn) for d in q}
     growth = {d: share[d] / p[d][0] for d in run.domains if p[d][0] > 0}
     most = max(growth, key=growth.get, default=None)
     text = "every domain keeps its share of the batches"

@@ -37,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing import records
-from plumbing.command_line import Parser, command, user_errors
+from plumbing.command_line import Parser, check_utf8, command, user_errors
 from plumbing.dataset import SPLITS, TokenData, check_domains
 from plumbing.documents import read_file
 from plumbing.folder import File, folder_files
@@ -98,7 +98,8 @@ def read_all(files: list[File], read: Callable, wanted: Callable, bar: tqdm) -> 
 def select(files: list[File], read: Callable, options: dict, left_out: LeftOut, bar: tqdm) -> Iterator[Document]:
     """Every document once, of the domains asked for, until a domain has `max_mb`.
 
-    A hash of the text, keyed by the seed, says whether it was seen before and whether it is held out.
+    A hash of the text, keyed by the seed, says whether it was seen before and whether it is held out. A text that
+    stands in two domains is of the one that is read first, also where that one turns out to be too small to be used.
     """
     seen, taken, spoilt = Seen(), Counter(), 0
     limit, domains = options["max_mb"] * 1e6 or math.inf, options["domains"]
@@ -242,10 +243,13 @@ def prepare(
     Returns False if `out` is there already and was made with the same arguments. Raises ValueError and OSError.
     """
     installed = source == "installed"
+    if not source:
+        raise ValueError("SOURCE is empty; the folder that you are in is .")
     if max_mb is None:
         max_mb = INSTALLED_MB if installed else 0
     check_arguments(installed, workers, held_out, window, seed, max_mb, domain_field)
     out, encoder = Path(out), load_tokenizer(tokenizer)
+    check_utf8(encoder.name)  # meta.json will have it
     folder = Path(source).resolve()
     options = {
         "source": source if installed else os.fsencode(folder).decode(errors="replace"),

@@ -65,9 +65,9 @@ def kill(process: subprocess.Popen) -> bool:
 
 
 def wait_until_it_trains(process: subprocess.Popen) -> None:
-    """Read what it prints until the first step, or until it goes on from a checkpoint."""
+    """Read what it prints until it has trained some steps."""
     for line in process.stdout:
-        if re.match(r"step +\d|going on", line):  # not the setting "steps = 600"
+        if re.match(r"step \d+/", line):  # the line of some steps, not that of the evaluation at step 0
             break
 
 
@@ -124,6 +124,8 @@ def campaign(args: argparse.Namespace, starter: str, stage: str, rng: random.Ran
         in_a_save += bool(half_written(killed) - before)
         before_the_first += not any(killed.glob("checkpoints/step_*[0-9]"))
         print(f"{starter}, {stage}: killed {kills} times, {in_a_save} times in a save", flush=True)
+    if before_the_first > kills / 2:
+        sys.exit(f"{starter}, {stage}: {before_the_first} of {kills} kills came before the first checkpoint")
     leave_alone(again)
     one, other = content(alone), content(killed)
     different = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))

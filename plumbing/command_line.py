@@ -301,7 +301,18 @@ def coerce(value: Any, kind: type) -> Any:
         return os.path.expanduser(value)
     if type(value) is not kind:
         raise ValueError(f"{one_line(repr(value))} is {_named(type(value))}, {_named(kind)} is needed")
+    if kind is str:
+        check_utf8(value)
     return value
+
+
+def check_utf8(text: str) -> None:
+    """ValueError for a text that a JSON file cannot hold. Python turns bytes of the command line that are no UTF-8 into
+    halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{one_line(repr(text))} is no UTF-8 text") from None
 
 
 def _named(kind: type) -> str:

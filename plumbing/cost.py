@@ -32,7 +32,13 @@ from plumbing.models import model_directory
 from plumbing.settings import Settings
 
 GIB = 2**30
-PEAKS = {"h200": (989e12, 67e12), "h100": (989e12, 67e12), "a100": (312e12, 19.5e12)}  # FLOP/s in bfloat16, float32
+PEAKS = {  # a word of its name -> FLOP/s in bfloat16, float32; the first that fits
+    "h200": (989e12, 67e12),
+    "h100 pcie": (756e12, 51e12),
+    "h100 nvl": (835e12, 60e12),
+    "h100": (989e12, 67e12),
+    "a100": (312e12, 19.5e12),
+}
 GPUS = {  # name -> memory in bytes that a process can use
     "h200": 140 * GIB,
     "h100": 79 * GIB,
@@ -84,7 +90,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 def peak_of(name: str, dtype: str) -> float | None:
     """Peak of the matrix products of a GPU, by its name, in a dtype, FLOP/s; None where it is not known."""
     for gpu, (bfloat16, float32) in PEAKS.items():
-        if gpu in name.lower():
+        if re.search(rf"\b{gpu}\b", name.lower()):  # not the RTX A1000
             return float32 if dtype == "float32" else bfloat16
     return None
 

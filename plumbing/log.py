@@ -70,22 +70,22 @@ class Clock:
 
     def __init__(self, step: int = 0, seconds: float = 0.0):
         self.first_step = self.last_step = step
-        self.before, self.started, self.since = seconds, time.time(), time.time()
+        self.before, self.started, self.since = seconds, time.monotonic(), time.monotonic()
 
     def total(self) -> float:
         """Seconds since the run was begun, without those in which it did not run."""
-        return self.before + time.time() - self.started
+        return self.before + time.monotonic() - self.started
 
     @contextmanager
     def paused(self):
         """Time spent inside is no training."""
-        start = time.time()
+        start = time.monotonic()
         yield
-        self.since += time.time() - start
+        self.since += time.monotonic() - start
 
     def lap(self, step: int, steps: int) -> tuple[float, float]:
         """(steps per second of training since the last lap, seconds that are left of the run)."""
-        now = time.time()
+        now = time.monotonic()
         speed = (step - self.last_step) / (now - self.since)
         left = (steps - step) * (now - self.started) / (step - self.first_step)
         self.since, self.last_step = now, step

@@ -25,6 +25,7 @@ from typing_extensions import NotRequired, TypedDict
 T = TypeVar("T")
 
 MAX_INT, MAX_WINDOW = 2**62, 2**31
+MAX_LAYERS, MAX_SIZE, MAX_HEAD_DIM = 4096, 2**20, 2**16  # of a model, beyond any that exists
 Natural = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -121,7 +122,7 @@ class QuestionLine(TypedDict):
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
-Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]  # of one dimension of a matrix, beyond any that exists
+Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIZE)]  # of one dimension of a matrix
 TokenIds = Natural | Annotated[list[Natural], msgspec.Meta(min_length=1)] | None
 
 
@@ -142,11 +143,11 @@ class ModelConfig(TypedDict):
 
     model_type: NotRequired[str]
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=2**32)]
-    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
     hidden_size: Size
     num_attention_heads: Size
     num_key_value_heads: NotRequired[Size | None]
-    head_dim: NotRequired[Annotated[int, msgspec.Meta(ge=1, le=2**16)] | None]
+    head_dim: NotRequired[Annotated[int, msgspec.Meta(ge=1, le=MAX_HEAD_DIM)] | None]
     intermediate_size: Size
     max_position_embeddings: NotRequired[Positive]
     sliding_window: NotRequired[Natural | None]

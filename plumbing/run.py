@@ -111,7 +111,7 @@ class Run:
     digests     what tells the content of the data and of the model it starts from: see `check_content`
     signals     the signals that told this process to stop
 
-    resume: 'auto' goes on from the newest checkpoint; 'never' refuses where there is one; the path of a run or of one
+    resume: 'auto' goes on from the newest checkpoint; 'never' refuses where there is a run; the path of a run or of one
     of its checkpoints is what a new run goes on from, and is not touched. A run that has checkpoints of its own goes on
     from those. Several processes must make it within `parallel.together`.
 
@@ -126,7 +126,9 @@ class Run:
         self.digests: dict[str, str] = {}
         self.signals: list[int] = []
         self.metrics = self.timings = self.pending = self.group = None
-        if (self.path / "metrics.jsonl").is_file():
+        log = self.path / "metrics.jsonl"
+        self.has_log = log.is_file() and log.stat().st_size > 0
+        if log.is_file():
             with suppress(OSError):  # it cannot be written: `open` will say so, if it comes to that
                 self._lock()
         self.has_model = (self.path / "model" / "config.json").is_file()
@@ -159,7 +161,7 @@ class Run:
         if resume == "auto":
             return own
         if resume == "never":
-            if own or self.has_model:
+            if own or self.has_model or self.has_log:
                 raise ValueError(
                     f"{self.path} holds a run already: remove it, or choose another --out, or resume='auto'"
                 )
@@ -197,6 +199,9 @@ class Run:
             begun = records.parse(config.read_bytes(), dict[str, Any], complaint)
             records.convert(begun, records.RunConfig, complaint)
             self._refuse(self._changes(config, begun))
+            was = begun.get("resume", "auto")
+            if was not in ("auto", "never", self.settings["resume"]):
+                raise ValueError(f"{self.path} was begun with --resume {was} and has no checkpoint yet: give it again")
 
     def _changes(self, file: Path, before: dict) -> dict[str, tuple]:
         """What differs between the settings of a file and those of this run, without those that are free."""

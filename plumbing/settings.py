@@ -13,9 +13,11 @@ from typing import Annotated, Literal
 
 from dro import MORE_POINTS_THAN, SCHEDULES, WITH_REFERENCES
 from model import LlamaConfig
+from plumbing import records
 from plumbing.command_line import Free, Group, Limits, fields, out_of_limits
 
 POSITIVE, NOT_NEGATIVE, SHARE = Limits(1), Limits(0), Limits(0, 1)
+SIZE, SIZE_OR_0 = Limits(1, records.MAX_SIZE), Limits(0, records.MAX_SIZE)  # what is made can be read again
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Settings:
     resume: Annotated[
         str,
         Free,
-        "auto: go on from the newest checkpoint in `out`. never: refuse if there is one. Or the path of another run or "
-        "checkpoint: go on from there, in `out`",
+        "auto: go on from the newest checkpoint in `out`. never: refuse if `out` holds a run. Or the path of another "
+        "run or checkpoint: go on from there, in `out`",
     ] = "auto"
     save_interval: Annotated[int, Free, POSITIVE, "steps between checkpoints"] = 200
     keep_checkpoints: Annotated[int, Free, POSITIVE, "number of checkpoints to keep; older ones are removed"] = 2
@@ -45,12 +47,12 @@ class Settings:
         Literal["source", "float32", "bfloat16", "float16"],
         "dtype of the finished model's weights; source: that of init_from, or float32 from scratch",
     ] = "source"
-    n_layer: Annotated[int, Limits(1, 10_000), "layers"] = 6
-    d_model: Annotated[int, POSITIVE, "hidden dimensions"] = 128
-    n_head: Annotated[int, POSITIVE, "query heads"] = 4
-    n_kv_head: Annotated[int, NOT_NEGATIVE, "key/value heads; 0 means n_head"] = 0
-    head_dim: Annotated[int, NOT_NEGATIVE, "dimensions of a head; 0 means d_model / n_head"] = 0
-    d_ffn: Annotated[int, POSITIVE, "feed-forward dimensions"] = 344
+    n_layer: Annotated[int, Limits(1, records.MAX_LAYERS), "layers"] = 6
+    d_model: Annotated[int, SIZE, "hidden dimensions"] = 128
+    n_head: Annotated[int, SIZE, "query heads"] = 4
+    n_kv_head: Annotated[int, SIZE_OR_0, "key/value heads; 0 means n_head"] = 0
+    head_dim: Annotated[int, Limits(0, records.MAX_HEAD_DIM), "dimensions of a head; 0 means d_model / n_head"] = 0
+    d_ffn: Annotated[int, SIZE, "feed-forward dimensions"] = 344
     tie_embeddings: Annotated[bool, "input and output share one embedding"] = False
 
     target_n_layer: Annotated[int, Group("pruning"), NOT_NEGATIVE, "layers to keep; 0 means all"] = 0
@@ -150,8 +152,8 @@ class Settings:
         float,
         Limits(1, 1e12),
         "each share of the reference ratio is kept within 1/bound and bound times its initial value; then they "
-        "are made to sum to 1, which may move one further; 2 in the paper. No share goes beyond the smallest and the "
-        "largest of the initial ones",
+        "are made to sum to 1, which may move one further; 2 in the paper. Before that, no share goes beyond the "
+        "smallest and the largest of the initial ones",
     ] = 16.0
     step_size: Annotated[float, Limits(0, 1e12), "step size of the sheared schedule"] = 1.0
     clip_excess: Annotated[
@@ -160,7 +162,9 @@ class Settings:
     eval_interval: Annotated[int, POSITIVE, "steps between evaluations"] = 50
     eval_sequences: Annotated[int, POSITIVE, "validation sequences of each domain"] = 16
 
-    seed: Annotated[int, Group("machine"), NOT_NEGATIVE, "seed of initial weights, gates and data order"] = 0
+    seed: Annotated[
+        int, Group("machine"), Limits(0, records.MAX_INT), "seed of initial weights, gates and data order"
+    ] = 0
     device: Annotated[str, Free, "cpu, cuda, cuda:1, ...; auto means cuda if there is one"] = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16"],

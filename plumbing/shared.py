@@ -48,18 +48,15 @@ class SharedText:
 
     def __init__(self):
         self.limit = (1 << 64) // SAMPLE  # hashes below it are in the samples
-        self.train = [np.empty(0, np.uint64)]
-        self.held_out = defaultdict(list)  # domain -> arrays of hashes
-        self.count = 0
+        self.train, self.held_out = defaultdict(list), defaultdict(list)  # domain -> arrays of hashes
+        self.count, self.merged = 0, True
 
     def add(self, domain: str, held_out: bool, hashes: np.ndarray):
         """Add what sample_stretches() gives for some documents."""
         hashes = self._in_sample(hashes)
-        if held_out:
-            self.held_out[domain].append(hashes)
-        elif len(hashes):  # an empty array takes memory, too, and there may be one for each document
-            self.train.append(hashes)
-        self.count += len(hashes)
+        if held_out or len(hashes):  # an empty array takes memory, too, and there may be one for each document
+            (self.held_out if held_out else self.train)[domain].append(hashes)
+        self.count, self.merged = self.count + len(hashes), False
         if self.count > MAX_HASHES:
             self._merge()
             while self.count > MAX_HASHES // 2:
@@ -70,26 +67,34 @@ class SharedText:
         return hashes[hashes < np.uint64(self.limit)]
 
     def _merge(self):
-        """Make each list of arrays one array, that of train sorted."""
-        train, self.train = np.concatenate(self.train), []  # what is not needed any more makes room
-        train = self._in_sample(train)
-        train.sort()
-        self.train = [train]
-        for domain, arrays in self.held_out.items():
-            self.held_out[domain] = [self._in_sample(np.concatenate(arrays))]
-        self.count = sum(len(array) for arrays in (self.train, *self.held_out.values()) for array in arrays)
+        """Make each list of arrays one array, those of train sorted."""
+        for samples in (self.train, self.held_out):
+            for domain in samples:
+                whole = np.concatenate(samples[domain])
+                samples[domain] = []  # what is not needed any more makes room
+                samples[domain] = [self._in_sample(whole)]
+        for [array] in self.train.values():
+            array.sort()
+        self.count = sum(len(a) for samples in (self.train, self.held_out) for [a] in samples.values())
+        self.merged = True
 
     def share(self, hashes: np.ndarray) -> float | None:
         """The share of these hashes that are in train's sample. None if there are none to look at."""
-        if len(self.train) > 1:
+        if not self.merged:
             self._merge()
-        known, hashes = self.train[0], self._in_sample(hashes)
+        hashes = self._in_sample(hashes)
         if len(hashes) == 0:
             return None
-        if len(known) == 0:
-            return 0.0
-        place = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-        return float((known[place] == hashes).mean())
+        found = np.zeros(len(hashes), bool)
+        for [known] in self.train.values():
+            if len(known):
+                found |= known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes
+        return float(found.mean())
+
+    def forget(self, domain: str):
+        """Take out a domain that is left out of the data set."""
+        self.train.pop(domain, None)
+        self.held_out.pop(domain, None)
 
     def shares(self) -> dict[str, float | None]:
         """domain -> the share of its held-out stretches that stand in train, of any domain."""

@@ -161,6 +161,7 @@ class DataWriter:
             raise ValueError(f"no domain has enough text ({advice}): {'; '.join(lines) or 'there are no documents'}")
         for domain in [domain for domain, lack in lacks.items() if lack]:
             shutil.rmtree(self.domains.pop(domain).folder)
+            self.shared.forget(domain)
         return [*lines, advice] if lines else []
 
     def write_meta(self, options: dict):
@@ -176,7 +177,7 @@ class DataWriter:
             "window": self.window,
             "seed": options["seed"],
             "options": options,
-            "shared": {domain: share for domain, share in self.shared.shares().items() if domain in self.domains},
+            "shared": self.shared.shares(),
             "domains": {domain: writer.counts for domain, writer in sorted(self.domains.items())},
             "files": {domain: writer.facts() for domain, writer in sorted(self.domains.items())},
         }

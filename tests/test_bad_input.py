@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ import plot
 import prepare_data
 import train
 from plumbing import command_line
+from plumbing.settings import Settings
 
 MAINS = {"train": train.main, "eval": eval.main, "plot": plot.main, "prepare_data": prepare_data.main}
 TRAIN = [*SHAPE, "--data=data", "--seq_len=32", "--eval_sequences=2", "--eval_interval=2", "--save_interval=4"]
@@ -170,6 +172,12 @@ def folder(name: str):
     return damage
 
 
+def begun_from(path: str):
+    """A run that was begun from another one, and died before its first checkpoint."""
+    settings = asdict(command_line.load(Settings, ["--resume", path, *COMMANDS["train"]]))
+    return write("out/new/config.json", json.dumps(settings))
+
+
 DEEP = "[" * 100_000
 HUGE = "1" + "0" * 400
 STATE = "out/half/checkpoints/step_000004/state.json"
@@ -217,10 +225,14 @@ TABLE = [
     ("a key that is no text", "train --ratio={1:2}", None, "must be texts"),
     ("control characters", "train --schedule=\x1b[31m", None, "is not one of"),
     ("bytes that are no UTF-8", "train --schedule=\udc80", None, "'\\udc80' is not one of"),
+    ("a path that is no UTF-8", "train --out=\udc80", None, "out: '\\udc80' is no UTF-8 text"),
+    ("a seed that no file may have", "train --seed=2**62+1", None, "seed = 4611686018427387905 must be 0 to"),
+    ("a model that no file may have", "train --d_ffn=2**20+1", None, "d_ffn = 1048577 must be 1 to 1048576"),
+    ("too many layers", "train --n_layer=4097", None, "n_layer = 4097 must be 1 to 4096"),
     # settings that are out of range
     ("no steps", "train --steps=0", None, "steps = 0 must be at least 1"),
     ("two at once", "train --steps=0 --floor=2.0", None, "steps = 0 must be at least 1; floor = 2.0 must be"),
-    ("a negative seed", "train --seed=-1", None, "seed = -1 must be at least 0"),
+    ("a negative seed", "train --seed=-1", None, "seed = -1 must be 0 to"),
     ("an infinite rate", "train --lr=1e999", None, "lr = inf must be finite"),
     ("a rate that is no number", "train --lr=1e999-1e999", None, "lr = nan must be finite"),
     ("an infinite log_alpha", "train --log_alpha=1e999", None, "log_alpha = inf must be finite"),
@@ -250,15 +262,16 @@ TABLE = [
     ("micro-batches that do not divide", "train --micro_batch=3", None, "micro_batch = 3 must divide 4"),
     ("sequences longer than the text", "train --seq_len=2**40", None, "too few for one sequence"),
     # sizes that no machine has
-    ("2**31 wide", "train --d_model=2**31", None, "needs more than"),
-    ("10**9 layers", "train --n_layer=10**9", None, "n_layer = 1000000000 must be 1 to 10000"),
-    ("2**40 heads", "train --n_head=2**40 --d_model=2**41", None, "needs more than"),
-    ("2**62 feed-forward dimensions", "train --d_ffn=2**62", None, "needs more than"),
-    ("heads of 2**50", "train --head_dim=2**50", None, "needs more than"),
+    ("2**20 wide", "train --d_model=2**20 --head_dim=64", None, "needs more than"),
+    ("10**9 layers", "train --n_layer=10**9", None, "n_layer = 1000000000 must be 1 to 4096"),
+    ("2**31 dimensions", "train --d_model=2**31", None, "d_model = 2147483648 must be 1 to 1048576"),
+    ("2**20 heads", "train --n_head=2**20 --d_model=2**20 --head_dim=64", None, "needs more than"),
+    ("2**20 feed-forward dimensions", "train --d_ffn=2**20 --d_model=2**18 --head_dim=64", None, "needs more than"),
+    ("heads of 2**50", "train --head_dim=2**50", None, "head_dim = 1125899906842624 must be 0 to 65536"),
     ("a batch of 10**9", "train --batch_size=10**9", None, "needs more than"),
     ("a batch of 10**12, one by one", "train --batch_size=10**12 --micro_batch=1", None, "needs more than"),
-    ("a dry run of it", "dry_run --d_model=2**31", None, "it does not fit: 1,024 GPUs would need more than"),
-    ("a dry run of 2**62", "dry_run --d_ffn=2**62 --n_layer=10000", None, "it does not fit"),
+    ("a dry run of it", "dry_run --d_model=2**20", None, "it does not fit: 1,024 GPUs would need more than"),
+    ("a dry run of 2**20", "dry_run --d_ffn=2**20 --d_model=2**20 --n_layer=4096", None, "it does not fit"),
     ("a dry run of no GPU", "dry_run --gpu=h1000", None, "gpu = 'h1000' is not one of"),
     ("a dry run of a GPU beyond all", "dry_run --gpu=" + "9" * 400 + "GB", None, "is not one of"),
     ("a dry run of 10**9 GPUs", "dry_run --world_size=10**9", None, "world_size = 1000000000 must be 1 to 100000"),
@@ -290,6 +303,7 @@ TABLE = [
     ("gates of a folder", "prune --gates=out", None, "gates = 'out': neither one of learned, random"),
     ("a run of other settings", "resume --lr=1.0", None, "was started with other settings"),
     ("a run that is there", "resume --resume=never", None, "holds a run already"),
+    ("begun from another run", "train", begun_from("out/half"), "was begun with --resume out/half"),
     ("a run that is not there", "train --resume=yes", None, "resume = 'yes': no checkpoint there"),
     ("fewer steps than are done", "prune --resume=out/small --steps=12", None, "has 16 already"),
     ("the directory of a model", "train --out=out/source/model", None, "is not the config.json of a run"),
@@ -342,7 +356,7 @@ TABLE = [
     ("a temperature that divides to nan", "sample --temperature=1e-320", None, "must be 0 or at least 0.001"),
     ("no tokens", "sample --tokens=0", None, "argument --tokens: 0 must be 1 to 1000000"),
     ("10**18 tokens", "sample --tokens=10**18", None, "argument --tokens: 1000000000000000000 must be 1 to"),
-    ("a sample that is no UTF-8", "sample --sample=\udc80", None, "argument --sample: this is no UTF-8 text"),
+    ("a sample that is no UTF-8", "sample --sample=\udc80", None, "'\\udc80' is no UTF-8 text"),
     ("a negative seed for eval", "sample --seed=-1", None, "argument --seed: -1 must be at least 0"),
     ("a seed beyond 64 bits", "sample --seed=2**64", None, "argument --seed: a whole number must be below 2**63"),
     ("all questions", "eval out/source --continuation --sequences=0", None, "questions need a number"),
@@ -379,6 +393,7 @@ TABLE = [
     ("no text", "prepare_data none", None, "none: no such folder"),
     ("a file as text", "prepare_data eval.json", None, "eval.json: no such folder"),
     ("a folder without text", "prepare_data data", None, "data: no .jsonl"),
+    ("no source", "prepare_data ", None, "SOURCE is empty"),
     ("a share of nan", "prepare_data text --held_out=nan", None, "held_out"),
     ("a share of 1", "prepare_data text --held_out=1", None, "held_out"),
     ("a window of 2**40", "prepare_data text --window=1099511627776", None, "window: 1099511627776 is out of range"),

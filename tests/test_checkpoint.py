@@ -460,8 +460,10 @@ def test_what_is_no_run_or_another_one_is_not_overwritten(chain, tiny_data, tmp_
     assert run(monkeypatch, *args) == 9
     monkeypatch.setattr(train.Trainer, "evaluate", evaluate)
     log = (tmp_path / "x" / "metrics.jsonl").read_bytes()
-    assert run(monkeypatch, *args, "--lr=1.0", "--resume=never") == 2
+    assert run(monkeypatch, *args, "--lr=1.0") == 2
     assert "started with other settings" in capsys.readouterr().err
+    assert run(monkeypatch, *args, "--resume=never") == 2
+    assert "holds a run already" in capsys.readouterr().err
     assert log and log == (tmp_path / "x" / "metrics.jsonl").read_bytes()
 
     hold = (

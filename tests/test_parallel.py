@@ -456,6 +456,19 @@ def test_dry_run_refuses_what_does_not_fit_and_says_what_would(monkeypatch, caps
     assert "it does not fit" in err and "most of it for activations; what fits: --activation_checkpointing=True" in err
 
 
+def test_the_peak_is_that_of_the_gpu():
+    """Dense bfloat16, by NVIDIA's data sheets; an RTX A1000 is no A100."""
+    peaks = {
+        "NVIDIA H200": 989e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA RTX A1000 Laptop GPU": None,
+    }
+    assert {name: cost.peak_of(name, "bfloat16") for name in peaks} == peaks
+
+
 def test_flops_are_those_that_pytorch_counts(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # the counter knows F.linear, not oneDNN's products
     config = LlamaConfig(300, 3, 32, 4, 2, 8, 48, 64)

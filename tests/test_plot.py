@@ -198,6 +198,15 @@ def test_weights_title_says_who_gained_and_whose_text_was_used_again(tmp_path):
     fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))
     assert fig.get_suptitle() == "run: a falls behind and gets 40 % of the batches, 1.60 times its first share"
     assert fig.axes[0].get_title("left") == "dro schedule; the text of b has been used 1.37 times"
+    first, *_, last = evals(lines)  # a mixture counts for as many steps as it was in force
+    first["weights"] = {"a": 0.7, "b": 0.3}
+    few = [line for line in lines if line["type"] != "eval" or line in (first, last) or line["step"] == 100]
+    assert (first["step"], last["step"]) == (10, 200)
+    fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", few)))
+    assert "gets 54.2 % of the batches" in fig.get_suptitle()
+    few = [line for line in lines if line["type"] != "eval" or line in (first, last) or line["step"] == 20]
+    fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", few)))
+    assert "gets 41.6 % of the batches" in fig.get_suptitle()
     for e in evals(lines):
         e["weights"], e["epochs"] = {"a": 0.25, "b": 0.75}, {"a": 0.1, "b": 0.4}
     fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))

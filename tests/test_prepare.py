@@ -373,9 +373,9 @@ def test_memory_for_shared_text_is_constant(monkeypatch):
             )
         assert sample.count <= 20_000
     assert sample.limit < 2**64 // shared.SAMPLE  # it did not fit
-    arrays = len(sample.train)
+    arrays = len(sample.train["a"])
     sample.add("a", False, sample_stretches([b"short"]))
-    assert len(sample.train) == arrays
+    assert len(sample.train["a"]) == arrays
     assert sample.shares()["a"] == pytest.approx(1901 / 5901, abs=0.04)
 
 
@@ -699,6 +699,23 @@ def test_a_small_domain_is_left_out(command, tmp_path):
     assert status == 0 and TokenData(tmp_path / "out").domains == ["large"]
     assert "domain small: left out, it has " in out and "raise --held_out or lower --window" in out
     assert not (tmp_path / "out" / "small").exists()
+
+
+def test_a_small_domain_does_not_count_as_train(tmp_path):
+    """Its text is not in the data set, so nothing held out stands in train by it."""
+    text = "".join(random.Random(0).choices("abcdefgh ", k=40_000))
+    ids, stretches = np.full(40_000, 65, np.uint32), sample_stretches([text.encode()])
+    for domains, share in ((["large", "small"], 0.0), (["large", "other"], 1.0)):
+        writer = DataWriter(tmp_path / domains[1], load_tokenizer("byte"), 16)
+        writer.folder.mkdir()
+        writer.add(Encoded("large", True, ids, np.ones_like(ids), stretches))
+        writer.add(Encoded("large", False, ids, np.array([40_000]), np.empty(0, np.uint64)))
+        writer.add(Encoded(domains[1], False, ids, np.array([40_000]), stretches))  # the small one has no held-out text
+        if domains[1] == "other":
+            writer.add(Encoded("other", True, ids, np.ones_like(ids), np.empty(0, np.uint64)))
+        writer.close()
+        writer.leave_out_small()
+        assert writer.shared.shares()["large"] == share
 
 
 # --- nothing is left behind ---------------------------------------------------------------------------------------
