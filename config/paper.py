@@ -3,7 +3,7 @@
     python train.py config/toy_continue.py config/paper.py --out out/toy_paper
 
 The law that predicts is a setting of its own: `law = "paper"` is the published one. The defaults of train.py give the
-mixture more room and keep the given references: docs/comparison.md has the reasons.
+mixture more room and keep the given references: docs/default.md has the reasons.
 """
 
 schedule = "dro"

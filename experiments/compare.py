@@ -312,6 +312,7 @@ def figure(panels: dict):
             ax.axvline(0, color="black", linewidth=1)
             ax.set_yticks(range(len(others)), others if ax is line[0] else [], fontsize=12)
             ax.set_ylim(-0.6, len(others) - 0.4)
+            ax.locator_params(axis="x", nbins=6)
             ax.set_title(f"{name}, {mixture}: {key}", fontsize=13)
             ax.grid(axis="x", color="#e4e4e4")
     for ax in axes[-1]:
@@ -331,7 +332,8 @@ def report(schedules: list[str]) -> None:
     command = {"command": "python experiments/compare.py --report"}
     text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per measure
     (DOCS / "results.json").write_text(text + "\n")
-    if panels := {(name, m): rows for name in results for m, rows in results[name].items() if "constant" in rows}:
+    panels = {(name, m): rows for name in results for m, rows in results[name].items()}
+    if panels := {key: rows for key, rows in panels.items() if key[1] in ("skewed", "own") and "constant" in rows}:
         figure(panels).savefig(DOCS / "compare.png")
 
 
