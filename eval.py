@@ -375,7 +375,7 @@ def arguments() -> argparse.Namespace:
     if args.sample is not None and (args.asking or args.json):
         raise ValueError(f"--sample only prints text, so {'--json' if args.json else 'questions'} cannot go with it")
     if args.sample is not None:
-        check_utf8(args.sample)
+        check_utf8(args.sample, "--sample ")
     if 0 < args.temperature < 1e-3:
         raise ValueError(f"--temperature {args.temperature} must be 0 or at least 0.001")
     if args.json:

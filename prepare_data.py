@@ -145,7 +145,7 @@ def without_shared(documents: Iterable[Document], left_out: LeftOut) -> Iterator
         if document.held_out:
             held_out.append(document)
         else:
-            text.add(document.domain, False, sample_stretches([document.text.encode()]))
+            text.add("train", False, sample_stretches([document.text.encode()]))
             yield document
     for document in held_out:
         share = text.share(sample_stretches([document.text.encode()]))
@@ -249,7 +249,7 @@ def prepare(
         max_mb = INSTALLED_MB if installed else 0
     check_arguments(installed, workers, held_out, window, seed, max_mb, domain_field)
     out, encoder = Path(out), load_tokenizer(tokenizer)
-    check_utf8(encoder.name)  # meta.json will have it
+    check_utf8(encoder.name, "--tokenizer ")  # meta.json will have it
     folder = Path(source).resolve()
     options = {
         "source": source if installed else os.fsencode(folder).decode(errors="replace"),

@@ -332,8 +332,8 @@ def report(schedules: list[str]) -> None:
     command = {"command": "python experiments/compare.py --report"}
     text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per measure
     (DOCS / "results.json").write_text(text + "\n")
-    panels = {(name, m): rows for name in results for m, rows in results[name].items()}
-    if panels := {key: rows for key, rows in panels.items() if key[1] in ("skewed", "own") and "constant" in rows}:
+    panels = {(name, m): rows for name in results for m, rows in results[name].items() if not m.endswith("too")}
+    if panels := {key: rows for key, rows in panels.items() if "constant" in rows}:
         figure(panels).savefig(DOCS / "compare.png")
 
 

@@ -306,13 +306,13 @@ def coerce(value: Any, kind: type) -> Any:
     return value
 
 
-def check_utf8(text: str) -> None:
-    """ValueError for a text that a JSON file cannot hold. Python turns bytes of the command line that are no UTF-8 into
-    halves of surrogate pairs."""
+def check_utf8(text: str, named: str = "") -> None:
+    """ValueError for a text that a JSON file cannot hold; `named` is what it was given as. Python turns bytes of the
+    command line that are no UTF-8 into halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{one_line(repr(text))} is no UTF-8 text") from None
+        raise ValueError(f"{named}{one_line(repr(text))} is no UTF-8 text") from None
 
 
 def _named(kind: type) -> str:

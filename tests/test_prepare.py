@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -828,6 +829,15 @@ def test_command_twice_and_with_other_options(command, tiny_corpus, tmp_path):
     file.write_bytes(file.read_bytes().replace(b"1", b"2", 1))
     status, _, error = command(tmp_path / "a", "--verify")
     assert status == 2 and error.count("\n") == 1 and f"{file}: its CRC-32 is" in error
+
+
+def test_a_tokenizer_whose_path_is_no_utf8(tiny_corpus, bpe_file, tmp_path):
+    """meta.json could not be read again, so it is refused before any text is read."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    shutil.copytree(bpe_file.parent, folder)
+    with pytest.raises(ValueError, match="--tokenizer .* is no UTF-8 text"):
+        prepare(str(tiny_corpus), tmp_path / "out", str(folder / "tokenizer.json"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_that_was_changed_in_place(tiny_corpus, bpe_file, tmp_path):
