@@ -237,12 +237,16 @@ def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> Pruning
     return masks.requires_grad_(s.learns_gates)
 
 
-def choose_(s: Settings, masks: PruningMasks, reader: BatchReader) -> None:
-    """Fix a choice that is not learned. Some look at the text that the first steps will read. ValueError for a file
-    that is no choice."""
-    model, weights = Llama.from_pretrained(directory_of(s.init_from)), make_mixture(s, reader.data, None).weights
-    text = reader.peek(CALIBRATION_STEPS, weights) if s.gates in choices.WITH_TEXT else []
-    scores = choices.scores(s.gates, masks, model, text, s.seed)
+def choose_(s: Settings, masks: PruningMasks, reader: BatchReader, model: Llama) -> None:
+    """Fix a choice that is not learned, of the source `model`. Some look at the text that the first steps will read.
+    Where the model is sharded, its first process reads it whole. ValueError for a file that is no choice."""
+    if parallel.is_sharded(model):
+        model = Llama.from_pretrained(directory_of(s.init_from)).to(reader.device)
+        model.checkpoint_layers = s.activation_checkpointing
+    weights = make_mixture(s, reader.data, None).weights
+    text = [tokens.to(reader.device) for tokens in reader.peek(CALIBRATION_STEPS, weights)]
+    with torch.compiler.set_stance("force_eager"):  # its hooks see what a compiled layer would not compute
+        scores = choices.scores(s.gates, masks, model, text, s.seed)
     choices.choose_(masks, scores)
 
 
@@ -301,7 +305,7 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
         run.check_model(shape, masks)
         model = make(shape, sources.start)
         if masks and s.gates != "learned" and run.state is None and parallel.is_first():
-            choose_(s, masks, reader)
+            choose_(s, masks, reader, model)
         if sources.reference:
             reference_model = parallel.read_model(sources.reference, device, **sharding)
 

@@ -44,17 +44,15 @@ def settle_(masks: PruningMasks) -> None:
 
 
 def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], seed: int) -> Scores:
-    """The scores of a choice by its name (see above). text: tokens (b, T+1) for those that look at text. ValueError for
-    a file that is no choice of this source and target."""
-    match gates:
-        case "random":
-            return random_scores(masks, seed)
-        case "magnitude":
-            return magnitude_scores(model)
-        case "activation":
-            return activation_scores(model, text)
-        case "taylor":
-            return taylor_scores(model, text)
+    """The scores of a choice by its name (see above), on the CPU. text: tokens (b, T+1), on the device of the model,
+    for those that look at text. ValueError for a file that is no choice of this source and target."""
+    if gates == "random":
+        return random_scores(masks, seed)
+    of_model = {"magnitude": magnitude_scores, "activation": activation_scores, "taylor": taylor_scores}
+    if gates in of_model:
+        with model.embed_tokens.weight.device:
+            found = of_model[gates](model, *([text] if gates in WITH_TEXT else []))
+        return Scores(*(x.cpu() for x in found))
     try:
         return scores_of(masks, records.read(Path(gates), records.Pruning, "a pruning.json"))
     except OSError as error:

@@ -249,8 +249,8 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     for kind, n_bytes in snapshot.items():
         if kind != "Total":
             result[KINDS.get(kind.value, "activations")] += n_bytes
-    # where it is cut out at once, the source is there before the first step: its weights, and DDP's buckets
-    whole = 0 if s.cut_at or not s.is_pruning else 4 * source.n_params() / n * (2 if processes > n else 1)
+    # before the first step: the source as it is trained, beside DDP's buckets, or whole beside its shards, for a choice
+    whole = 4 * source.n_params() * (1 / n + (processes > 1)) if s.is_pruning and s.gates != "learned" else 0
     if whole > snapshot["Total"]:
         return dict.fromkeys(ROWS, 0.0) | {"weights": whole, "all": whole}
     return {**result, "all": snapshot["Total"]}
