@@ -192,7 +192,7 @@ class Settings:
     ] = "h100"
     utilisation: Annotated[
         float, Free, Limits(0.01, 1), "share of the GPU's peak that the dry run assumes is reached"
-    ] = 0.4
+    ] = 0.33
     dollars_per_gpu_hour: Annotated[float, Free, NOT_NEGATIVE, "price that the dry run assumes; 0 means unknown"] = 0.0
 
     def __post_init__(self):
