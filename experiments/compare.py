@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,8 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from pruning import ON_GPU, call  # noqa: E402
 
 from plot import COLORS, STYLE, new_figure, read_metrics  # noqa: E402
 from plumbing.command_line import Parser, load, user_errors  # noqa: E402
@@ -86,25 +87,15 @@ SMOLLM2 = {
     "source": "SmolLM2-135M",
     "pruned": "out/pruning/smollm2_activation_at_one_stroke_{}",  # docs/pruning.md
     "config": "config/continue_smollm2.py",
-    "train_on": {"steps": 200, "warmup": 6, "eval_interval": 10},
-    "sequences": 32,
+    "train_on": {"batch_size": 8, "eval_sequences": 16} | ON_GPU,
+    "sequences": 64,
 }
 CASES = {
     "toy": Case(5, DEMO, tuple(MIXTURES)),
-    "long": Case(3, DEMO, train_on={"steps": 900}),
     "middle": Case(3, DEMO, pretrain=PRETRAIN | LARGER, prune=PRUNE | ITS_TARGET),
-    "smollm2": Case(2, DEMO, ("skewed",), **SMOLLM2),
+    "smollm2": Case(3, DEMO, **SMOLLM2),
     "languages": Case(3, LANGUAGES, data="data/languages"),
 }
-
-
-def call(*command: object) -> None:
-    """One of the project's commands on one thread; its output goes to the end of a log."""
-    one = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(OUT / "log.txt", "a") as log:
-        ended = subprocess.run([sys.executable, *map(str, command)], env=one, stdout=log, stderr=log).returncode
-    if ended:
-        raise OSError(f"`{' '.join(map(str, command))}` failed, see the end of {OUT / 'log.txt'}")
 
 
 def train(config: str, out: Path, seed: int, **settings) -> None:
@@ -114,15 +105,20 @@ def train(config: str, out: Path, seed: int, **settings) -> None:
         call("train.py", config, "--threads=1", f"--out={out}", f"--seed={seed}", "--log_interval=20", *given)
 
 
-def evaluate(file: Path, case: Case, *models: Path) -> None:
-    """Test losses of some models, unless they are there."""
+def evaluate(file: Path, case: Case, model: Path) -> None:
+    """Test losses of a model, unless they are there."""
     if not file.exists():
-        call("eval.py", *models, "--data", case.data, "--seq_len", 256, "--sequences", case.sequences, "--json", file)
+        call("eval.py", model, "--data", case.data, "--seq_len", 256, "--sequences", case.sequences, "--json", file)
 
 
 def source_of(name: str, seed: int) -> Path:
-    """The source model of a seed. `long` has those of the toy."""
-    return Path(CASES[name].source or OUT / ("toy" if name == "long" else name) / f"{seed}/source")
+    """The source model of a seed."""
+    return Path(CASES[name].source or OUT / name / f"{seed}/source")
+
+
+def losses_of_source(name: str, seed: int) -> Path:
+    """The file of its test losses."""
+    return OUT / name / str(seed) / "source.json"
 
 
 def pruned_of(name: str, seed: int) -> Path:
@@ -141,7 +137,7 @@ def plain(name: str) -> str:
 
 
 def prepare(name: str, seed: int) -> None:
-    """The source model and the pruned model of a seed, with their test losses."""
+    """The source model of a seed, with its test losses, and the pruned model."""
     case, source, pruned = CASES[name], source_of(name, seed), pruned_of(name, seed)
     if not case.source:
         train("config/toy_pretrain.py", source, seed, data=case.data, **case.pretrain)
@@ -151,7 +147,7 @@ def prepare(name: str, seed: int) -> None:
     elif not (pruned / "model").exists():
         first = f'python experiments/pruning.py {name} --seeds {seed + 1} --rows "activation, at one stroke"'
         raise ValueError(f"{pruned}: no finished run; first `{first}`")
-    evaluate(pruned / "eval.json", case, source, pruned)
+    evaluate(losses_of_source(name, seed), case, source)
 
 
 def judge(name: str, seed: int, mixture: str, schedule: str) -> None:
@@ -182,7 +178,6 @@ def settings_of(schedule: str) -> dict:
 
 def run_all(name: str, seeds: range, mixtures: list[str], schedules: list[str], jobs: int) -> None:
     """Everything that is asked for and not done, some at a time. The first failure stops it."""
-    OUT.mkdir(parents=True, exist_ok=True)
     if CASES[name].data == "data/demo" and not Path("data/demo/meta.json").exists():
         call("prepare_data.py", "installed", "--out", "data/demo", "--held_out", "0.1")
     todo = [(name, seed, mixture, schedule) for seed in seeds for mixture in mixtures for schedule in schedules]
@@ -199,17 +194,16 @@ def run_all(name: str, seeds: range, mixtures: list[str], schedules: list[str], 
 # -- what came of it ------------------------------------------------------------------------------------------------
 
 
-def losses_in(file: Path) -> list[dict[str, float]]:
-    """The test loss of each domain, of each model in a file of eval.py."""
-    models = json.loads(file.read_text())["models"].values()
-    return [{domain: row["loss"] for domain, row in model["domains"].items()} for model in models]
+def losses_in(file: Path) -> dict[str, float]:
+    """The test loss of each domain, of the model in a file of eval.py."""
+    [model] = json.loads(file.read_text())["models"].values()
+    return {domain: row["loss"] for domain, row in model["domains"].items()}
 
 
 def measures(name: str, seed: int, mixture: str, schedule: str) -> dict[str, float]:
     """Everything that a run is judged by: degradation in nats per token, shares of the tokens, right answers."""
     out = run_of(name, seed, mixture, schedule)
-    source, _ = losses_in(pruned_of(name, seed) / "eval.json")
-    [loss] = losses_in(out / "eval.json")
+    source, loss = losses_in(losses_of_source(name, seed)), losses_in(out / "eval.json")
     run = read_metrics(out)
     drawn, reference = run.evals[-1]["domain_tokens"], run.evals[0]["reference"]
     on_validation = np.array([run.end["loss"][d] - reference[d] for d in source])
@@ -321,17 +315,19 @@ def figure(panels: dict):
 
 
 def report(schedules: list[str]) -> None:
-    """Print the tables; write results.json and compare.png."""
-    results = {name: found for name in CASES if (found := collect(name, schedules))}
-    if not results:
+    """Print the tables; write results.json and compare.png. A mixture of which nothing is here keeps its results."""
+    file, command = DOCS / "results.json", {"command": "python experiments/compare.py --report"}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    found = {name: collect(name, schedules) for name in CASES}
+    if not any(found.values()):
         raise ValueError(f"nothing in {OUT} is done yet")
+    results = {name: rows for name in CASES if (rows := before.get(name, {}) | found[name])}
     for name, mixtures in results.items():
         answers = [f"Right answers, %, {m}:\n\n{text}" for m, rows in mixtures.items() if (text := answers_table(rows))]
         print(f"## {name}", *tables(mixtures), *answers, sep="\n\n", end="\n\n")
     DOCS.mkdir(parents=True, exist_ok=True)
-    command = {"command": "python experiments/compare.py --report"}
     text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per measure
-    (DOCS / "results.json").write_text(text + "\n")
+    file.write_text(text + "\n")
     panels = {(name, m): rows for name in results for m, rows in results[name].items() if not m.endswith("too")}
     if panels := {key: rows for key, rows in panels.items() if "constant" in rows}:
         figure(panels).savefig(DOCS / "compare.png")

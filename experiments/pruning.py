@@ -1,7 +1,7 @@
 """Which small model is best for the tokens spent? Choices of what to keep, and ways to get there, at equal tokens.
 
     python experiments/pruning.py toy [--seeds 3] [--jobs 2] [--rows "magnitude, fading" ...]
-    python experiments/pruning.py smollm2 --seeds 1
+    python experiments/pruning.py smollm2 [--seeds 3] [--jobs 6]    # on a GPU: one run takes hours without
 
 `toy` makes its data set and its source model, where they are not there; `smollm2` needs those of docs/smollm2.md. Every
 row is one run of equal settings (the config's, with the paper's mixture) but for what its name says, and sees the same
@@ -20,16 +20,18 @@ of some (--rows) are printed.
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,6 +49,8 @@ ROWS = [
 DRAWN = ["random, at one stroke", "magnitude, at one stroke", "activation, at one stroke", "activation, fading",
          "learned, two stages", "learned, settling"]  # fmt: skip
 PAPER = {"gates": "learned", "noise_from": 0, "noise_to": 0, "settle_at": 0, "fade": 0}  # in place of the config's
+# a run takes a minute there, and a checkpoint of a real model is large
+ON_GPU = {"dtype": "bfloat16", "save_interval": 10**6} if torch.cuda.is_available() else {}
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Scale:
     scratch_lr: float
     evaluations: int
     sequences: int  # of each domain, of the test split
+    settings: dict = field(default_factory=dict)  # what differs from the config
 
 
 SCALES = {
@@ -78,21 +83,24 @@ SCALES = {
         "config/prune_smollm2.py",
         "SmolLM2-135M",
         "data/smollm2",
-        200,
+        700,
         {
             **{"n_layer": 24, "d_model": 480, "n_head": 6, "n_kv_head": 2, "head_dim": 64, "d_ffn": 1152},
             "tie_embeddings": True,
         },
         1e-3,
-        8,
-        32,
+        28,
+        64,
+        {"batch_size": 8, "eval_sequences": 16} | ON_GPU,
     ),
 }
 
 
-def call(*command) -> None:
-    """Run one of the project's commands from the project's directory; stop at the first that fails."""
-    if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+def call(*command: object) -> None:
+    """One of the project's commands, on one thread, from the project's directory. OSError where it fails."""
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=one, stdout=subprocess.DEVNULL)
+    if ended.returncode:
         raise OSError(f"`{' '.join(map(str, command))}` failed, and has said why")
 
 
@@ -102,12 +110,28 @@ def train(config: str, out: Path, seed: int, **settings) -> None:
     call("train.py", config, "config/paper.py", "--threads=1", f"--seed={seed}", f"--out={out}", *given)
 
 
-def run(scale: Scale, row: str, seed: int) -> Path:
-    """The runs of one row, which leave one model. Returns its directory."""
-    steps, seventh = scale.steps, scale.steps // 7
+def test_loss(scale: Scale, model: str | Path, file: Path) -> float:
+    """The test loss of a model, average over domains, which eval.py writes to a file, unless it is there."""
+    if not (ROOT / file).exists():
+        test = {"--data": scale.data, "--seq_len": 256, "--sequences": scale.sequences, "--json": file}
+        call("eval.py", model, *(word for item in test.items() for word in item))
+    [found] = json.loads((ROOT / file).read_text())["models"].values()
+    return found["average"]["loss"]
+
+
+def judge(scale: Scale, row: str, seed: int) -> tuple[Path, float]:
+    """The directory of a row's last run, and its test loss. What is done is not done again."""
     out = OUT / f"{scale.data.removeprefix('data/')}_{row.replace(', ', '_').replace(' ', '_')}_{seed}"
+    if not (ROOT / out / "eval.json").exists():
+        run(scale, row, seed, out)
+    return out, test_loss(scale, out, out / "eval.json")
+
+
+def run(scale: Scale, row: str, seed: int, out: Path) -> None:
+    """The runs of one row, which leave one model."""
+    steps, seventh = scale.steps, scale.steps // 7
     interval = max(1, steps // scale.evaluations)
-    usual = PAPER | {"init_from": scale.source, "reference_model": scale.source}
+    usual = PAPER | scale.settings | {"init_from": scale.source, "reference_model": scale.source}
     usual |= {"steps": steps, "warmup": steps // 17, "eval_interval": interval, "sparsity_warmup": 0}
     choice, _, way = row.partition(", ")
     dense = dict.fromkeys(("target_n_layer", "target_d_model", "target_n_head", "target_d_ffn"), 0)
@@ -131,7 +155,6 @@ def run(scale: Scale, row: str, seed: int) -> Path:
         train(scale.config, out, seed, **usual | noise | {"settle_at": gated, "fade": gated})
     else:
         train(scale.config, out, seed, **usual | {"gates": choice, "fade": 2 * seventh if way == "fading" else 0})
-    return out
 
 
 def main():
@@ -153,23 +176,20 @@ def compare(args: argparse.Namespace) -> None:
     if args.scale == "toy" and not (ROOT / scale.source / "model").exists():  # it learns for longer than the demo's
         train("config/toy_pretrain.py", Path(scale.source), 0, schedule="constant", steps=1200, warmup=120)
     with ThreadPoolExecutor(args.jobs) as pool:
-        todo = {(row, seed): pool.submit(run, scale, row, seed) for seed in range(args.seeds) for row in args.rows}
+        todo = {(row, seed): pool.submit(judge, scale, row, seed) for seed in range(args.seeds) for row in args.rows}
         for key, future in todo.items():
-            runs[key] = str(future.result())
+            runs[key] = future.result()
             print(f"{len(runs)}/{len(todo)}: {key[0]}, seed {key[1]}", flush=True)
-    file, models = OUT / f"{args.scale}.json", [scale.source, *runs.values()]
-    call("eval.py", *models, "--data", scale.data, "--seq_len", 256, "--sequences", scale.sequences, "--json", file)
-    losses = {m: r["average"]["loss"] for m, r in json.loads((ROOT / file).read_text())["models"].items()}
     result = {
         "command": f"python experiments/pruning.py {shlex.join(sys.argv[1:])}",
         "measure": "test loss, nats per token, average over domains; one value per seed",
-        "source": losses[scale.source],
-        "losses": {row: [losses[runs[row, seed]] for seed in range(args.seeds)] for row in args.rows},
+        "source": test_loss(scale, scale.source, OUT / f"{args.scale}_source.json"),
+        "losses": {row: [runs[row, seed][1] for seed in range(args.seeds)] for row in args.rows},
     }
     if args.rows == ROWS:
         DOCS.mkdir(parents=True, exist_ok=True)
         (DOCS / f"{args.scale}.json").write_text(json.dumps(result, indent=1) + "\n")
-        drawn = {row: [ROOT / runs[row, seed] for seed in range(args.seeds)] for row in DRAWN}
+        drawn = {row: [ROOT / runs[row, seed][0] for seed in range(args.seeds)] for row in DRAWN}
         figure(drawn).savefig(DOCS / f"{args.scale}.png")
     print(table(result))
 

@@ -2,17 +2,20 @@
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import call
 from processes import fresh, script
 from scipy import stats
 from scipy.optimize import minimize
 
+from model import LlamaConfig
 from plumbing.command_line import load
 from plumbing.data import TokenData
 from plumbing.tokenizer import load_tokenizer
@@ -23,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "experiments"))
 
 import compare  # noqa: E402
+import gpu  # noqa: E402
 import languages  # noqa: E402
 import laws  # noqa: E402
 import pruning  # noqa: E402
@@ -94,7 +98,7 @@ def test_seeds_have_their_own_source_and_what_is_done_is_not_done_again(monkeypa
 def test_what_a_run_is_judged_by(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "OUT", tmp_path)
     domains, rng = list("abc"), np.random.default_rng(1)
-    source, pruned, loss, reference, val = rng.uniform(1, 2, (5, 3))
+    source, loss, reference, val = rng.uniform(1, 2, (4, 3))
 
     def write(file, **models):
         rows = {name: {"domains": {d: {"loss": x} for d, x in zip(domains, v)}} for name, v in models.items()}
@@ -102,7 +106,7 @@ def test_what_a_run_is_judged_by(monkeypatch, tmp_path):
         file.write_text(json.dumps({"models": rows}))
 
     out = compare.run_of("toy", 0, "skewed", "even")
-    write(compare.pruned_of("toy", 0) / "eval.json", source=source, pruned=pruned)
+    write(compare.losses_of_source("toy", 0), source=source)
     write(out / "eval.json", run=loss)
     by_domain = lambda values: dict(zip(domains, values))  # noqa: E731
     lines = [{"type": "run", "domains": domains, "stage": "continue", "steps": 20, "tokens_per_step": 100}]
@@ -199,7 +203,7 @@ def test_the_tables_in_the_docs_are_what_was_measured():
         assert all(table in text for table in compare.tables(results[name])), name
     for name in ("toy", "middle"):
         assert compare.answers_table(results[name]["skewed"]) in text, name
-    for scale in ("toy", "smollm2"):
+    for scale in ("toy", "smollm2", "smollm2_short"):
         measured = json.loads((ROOT / f"docs/pruning/{scale}.json").read_text())
         assert pruning.table(measured) in (ROOT / "docs/pruning.md").read_text(), scale
 
@@ -244,3 +248,31 @@ def test_languages_come_through_whole(monkeypatch, tmp_path, capsys):
     assert train.count(TEXTS["ja-JP"] * 9) >= 20 and "\ufffd" not in train
     assert call(monkeypatch, languages.main, "languages.py", tmp_path, tmp_path / "x") == 2
     assert "ar-MA" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_steps_that_are_timed_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu.Measured, "device", torch.device("cpu"))
+    for name in ("set_sync_debug_mode", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(gpu, "SHAPES", {"small": LlamaConfig(128, 2, 32, 2, 2, 16, 64, 32)})
+    monkeypatch.setattr(gpu, "TARGETS", {"small": (1, 16, 1, 32)})
+    monkeypatch.setattr(gpu, "BATCHES", {"small": (4, 2, 16)})
+    for gated in (False, True):
+        began = time.perf_counter()
+        row = gpu.measure(("small", gated, gated, False))
+        assert 0 < row["seconds"] * gpu.STEPS / 2 < time.perf_counter() - began and row["waits"] == 0
+
+
+def test_what_was_timed_on_a_gpu(monkeypatch):
+    """The page has the figures of the file: tokens per second, the share of 989 TFLOP/s, and the memory."""
+    monkeypatch.setattr(gpu.cost, "memory", lambda *_: {"all": 0})  # the dry runs take minutes
+    found = json.loads((ROOT / "docs/performance/gpu.json").read_text())
+    page, lines = (ROOT / "docs/performance.md").read_text(), gpu.table(found).splitlines()[2:]
+    assert len(lines) == len(found["rows"]) and all(line.rpartition("| 0.0 GiB")[0] in page for line in lines)
+    [dense] = [r for r in found["rows"] if r["row"] == ["1.3B", False, False, False]]
+    c = gpu.SHAPES["1.3B"]
+    weights = c.n_layer * (4 * c.d_model**2 + 3 * c.d_model * c.d_ffn) + c.vocab_size * c.d_model
+    flops = 32 * 4096 * 3 * (2 * weights + 2 * c.n_layer * 4096 * c.d_model)
+    assert f"| 1.3B | dense | {32 * 4096 / dense['seconds']:,.0f} | {flops / dense['seconds'] / 989e12:.1%} |" in page
