@@ -1,12 +1,14 @@
 """Faster matrix products: the same results as `F.linear` to rounding, sooner on some CPUs.
 
 For float32 on x86 CPUs, PyTorch multiplies by Intel's MKL, which uses AVX-512 on Intel's CPUs only. oneDNN, the other
-library that PyTorch brings along, uses it on all. So `linear` is oneDNN's on a CPU that has AVX-512, and F.linear
-elsewhere: with AVX2 alone, on a GPU, in bfloat16. The choice follows from the CPU and from torch, not from a
-measurement, which could choose differently the next time: two runs on one machine give the same numbers.
+library that PyTorch brings along, uses it on all. Where that helps depends on the CPU: AVX-512 on AMD's Zen 4 is no
+faster than AVX2. So a CPU that has AVX-512 is measured once, when this file is imported, which takes 50 ms. `linear` is
+oneDNN's where it is clearly faster, and F.linear elsewhere, as with AVX2 alone, on a GPU, and in bfloat16.
 
     python experiments/bench.py
 """
+
+import time
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +58,29 @@ def onednn_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def use_onednn() -> bool:
-    """Whether this CPU has AVX-512, and this torch the operator, with the arguments and the result that we expect."""
+    """Whether this CPU has AVX-512, this torch the operator, with the arguments and the result that we expect, and a
+    product with its gradients takes oneDNN less than CLEARLY of the time that it takes PyTorch, on one thread."""
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    x, weight, grad = torch.ones(256, 256), torch.ones(688, 256), torch.ones(256, 688)
     try:
-        a, b = torch.ones(1, 3), torch.ones(2, 3)
-        return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.equal(onednn_product(a, b), a @ b.t())
+        if not torch.equal(onednn_product(x, weight), x @ weight.t()):
+            return False
     except (AttributeError, TypeError, RuntimeError):
         return False
 
+    def seconds(product) -> float:
+        inputs, began = (x.requires_grad_(), weight.requires_grad_()), time.perf_counter()
+        torch.autograd.grad(product(*inputs), inputs, grad)
+        return time.perf_counter() - began
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ours, theirs = map(min, zip(*((seconds(OneDNNLinear.apply), seconds(F.linear)) for _ in range(8))))
+    torch.set_num_threads(threads)
+    return ours < CLEARLY * theirs
+
+
+# far from 1, which Zen 4 has: all processes on a machine must choose alike, to give the same numbers
+CLEARLY = 0.75
 ONEDNN = use_onednn()

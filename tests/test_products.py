@@ -1,9 +1,12 @@
 """Matrix products against float64, and when oneDNN makes them."""
 
+import math
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from plumbing import products
 from plumbing.products import linear
@@ -42,10 +45,20 @@ def test_float32_products_are_onednn_s_where_it_is_chosen_and_can_be_turned_off(
 
 
 def test_onednn_is_chosen_by_what_the_cpu_can_do_and_what_torch_has(monkeypatch):
-    """AVX-512 or better, and an operator that is there, takes our arguments, and gives the product."""
+    """AVX-512 or better, where it is clearly faster, and an operator that is there, takes our arguments, and gives the
+    product."""
+    threads = torch.get_num_threads()
     for capability, chosen in (("DEFAULT", False), ("AVX2", False), ("AVX512", True), ("AVX512_VNNI", True)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
-        assert products.use_onednn() is chosen
+        for clearly in (0, math.inf):  # no product is fast enough, or each is
+            monkeypatch.setattr(products, "CLEARLY", clearly)
+            assert products.use_onednn() is (chosen and clearly > 0) and torch.get_num_threads() == threads
+    for slow, chosen in (("onednn_product", False), ("F", True)):  # whichever waits is not taken
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "CLEARLY", 0.75)
+            late = lambda *x, of=(products.onednn_product if slow != "F" else F.linear): time.sleep(0.02) or of(*x)  # noqa: E731
+            patch.setattr(products, slow, SimpleNamespace(linear=late) if slow == "F" else late)
+            assert products.use_onednn() is chosen
     operator = torch.ops.mkldnn._linear_pointwise
     for other in (
         SimpleNamespace(),  # it is gone
