@@ -239,13 +239,14 @@ def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> Pruning
 
 def choose_(s: Settings, masks: PruningMasks, reader: BatchReader, model: Llama) -> None:
     """Fix a choice that is not learned, of the source `model`. Some look at the text that the first steps will read.
-    Where the model is sharded, its first process reads it whole. ValueError for a file that is no choice."""
-    if parallel.is_sharded(model):
+    Where the model is sharded, the first process reads it whole. ValueError for a file that is no choice."""
+    if s.gates in choices.OF_MODEL and parallel.is_sharded(model):
         model = Llama.from_pretrained(directory_of(s.init_from)).to(reader.device)
         model.checkpoint_layers = s.activation_checkpointing
     weights = make_mixture(s, reader.data, None).weights
-    text = [tokens.to(reader.device) for tokens in reader.peek(CALIBRATION_STEPS, weights)]
-    with torch.compiler.set_stance("force_eager"):  # its hooks see what a compiled layer would not compute
+    text = reader.peek(CALIBRATION_STEPS, weights) if s.gates in choices.WITH_TEXT else []
+    text = [tokens.to(reader.device) for tokens in text]
+    with torch.compiler.set_stance("force_eager"):  # hooks need values inside a layer; no layer is compiled for this
         scores = choices.scores(s.gates, masks, model, text, s.seed)
     choices.choose_(masks, scores)
 

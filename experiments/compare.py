@@ -314,17 +314,27 @@ def figure(panels: dict):
     return fig
 
 
+def merge(before: dict, found: dict) -> dict:
+    """The results of two places. Each mixture of a case has those of the place with more runs of it, or the later one:
+    only runs of one place are pairs."""
+    runs = lambda case, mixture: sum(len(row["seeds"]) for row in case.get(mixture, {}).values())  # noqa: E731
+    merged = {}
+    for name in [name for name in CASES if name in before or name in found]:
+        old, new = before.get(name, {}), found.get(name, {})
+        merged[name] = {m: new[m] if m in new and runs(new, m) >= runs(old, m) else old[m] for m in old | new}
+    return merged
+
+
 def report(schedules: list[str]) -> None:
-    """Print the tables; write results.json and compare.png. A mixture of which nothing is here keeps its results."""
-    file, command = DOCS / "results.json", {"command": "python experiments/compare.py --report"}
-    before = json.loads(file.read_text()) if file.exists() else {}
-    found = {name: collect(name, schedules) for name in CASES}
-    if not any(found.values()):
+    """Print the tables of what is done here, and put it into results.json and compare.png (see `merge`)."""
+    found = {name: rows for name in CASES if (rows := collect(name, schedules))}
+    if not found:
         raise ValueError(f"nothing in {OUT} is done yet")
-    results = {name: rows for name in CASES if (rows := before.get(name, {}) | found[name])}
-    for name, mixtures in results.items():
+    for name, mixtures in found.items():
         answers = [f"Right answers, %, {m}:\n\n{text}" for m, rows in mixtures.items() if (text := answers_table(rows))]
         print(f"## {name}", *tables(mixtures), *answers, sep="\n\n", end="\n\n")
+    file, command = DOCS / "results.json", {"command": "python experiments/compare.py --report"}
+    results = merge(json.loads(file.read_text()) if file.exists() else {}, found)
     DOCS.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per measure
     file.write_text(text + "\n")

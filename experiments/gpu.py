@@ -3,12 +3,14 @@
     python experiments/gpu.py             # measures on the first GPU, some minutes; writes docs/performance/gpu.json
     python experiments/gpu.py --report    # prints the table, with the dry run's memory; needs no GPU
 
-The steps are train.py's own, with weights and tokens drawn at random: bfloat16, AdamW, as many micro-batches as the
-configs have on one of 8 GPUs. *7B, a quarter* is Llama-2-7B with 8 of its 32 layers, because one GPU of 80 GB does not
-hold it all. MFU counts no recomputed FLOPs. *waits* is how often the host waited for the device in the timed steps.
+The steps are train.py's own, with weights and tokens drawn at random, in bfloat16, with AdamW. 1.3B and 7B have as many
+micro-batches as their configs have on one of 8 GPUs. *7B, a quarter* is Llama-2-7B with 8 of its 32 layers, because one
+GPU of 80 GB does not hold it all. MFU counts no recomputed FLOPs. *waits* is how often the host waited for the device
+in the timed steps, which read no batch, and log and save nothing.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -99,6 +101,7 @@ def settings(shape: str, gated: bool, recomputed: bool, compiled: bool) -> Setti
 def measure(row: tuple) -> dict:
     """Seconds of a step (median), and bytes at its peak."""
     s, shape = settings(*row), SHAPES[row[0]]
+    gc.collect()  # the model of the row before is in cycles that nothing else holds
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run = Measured(s, s.batch_size, False, {"compiled": s.compile})

@@ -1,7 +1,7 @@
 """Which small model is best for the tokens spent? Choices of what to keep, and ways to get there, at equal tokens.
 
     python experiments/pruning.py toy [--seeds 3] [--jobs 2] [--rows "magnitude, fading" ...]
-    python experiments/pruning.py smollm2 [--seeds 3] [--jobs 6]    # on a GPU: one run takes hours without
+    python experiments/pruning.py smollm2 [--seeds 3] [--jobs 6]    # on a GPU; without one, a run takes hours
 
 `toy` makes its data set and its source model, where they are not there; `smollm2` needs those of docs/smollm2.md. Every
 row is one run of equal settings (the config's, with the paper's mixture) but for what its name says, and sees the same
@@ -120,11 +120,10 @@ def test_loss(scale: Scale, model: str | Path, file: Path) -> float:
 
 
 def judge(scale: Scale, row: str, seed: int) -> tuple[Path, float]:
-    """The directory of a row's last run, and its test loss. What is done is not done again."""
+    """The directory of a row's last run, and its test loss. train.py does nothing where a run is done."""
     out = OUT / f"{scale.data.removeprefix('data/')}_{row.replace(', ', '_').replace(' ', '_')}_{seed}"
-    if not (ROOT / out / "eval.json").exists():
-        run(scale, row, seed, out)
-    return out, test_loss(scale, out, out / "eval.json")
+    run(scale, row, seed, out)
+    return out, test_loss(scale, out, out / "test.json")
 
 
 def run(scale: Scale, row: str, seed: int, out: Path) -> None:

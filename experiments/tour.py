@@ -379,7 +379,11 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
         part = results[scale]["skewed"]
         rows = {name: part[key][measure] for key, (name, _) in names.items() if key in part}
         panels[title] = rows, [color for key, (_, color) in names.items() if key in part]
-    for scale, title, color in (("toy", "toy", BLUE), ("smollm2", "SmolLM2-135M", PINK)):
+    for scale, title, color in (
+        ("toy", "toy", BLUE),
+        ("smollm2_short", "SmolLM2-135M, .2M tokens", PINK),
+        ("smollm2", "SmolLM2-135M, 1.4M tokens", PINK),
+    ):
         result = json.loads((docs / f"pruning/{scale}.json").read_text())
         rows = {row: [x - result["source"] for x in values] for row, values in result["losses"].items()}
         rows = dict(sorted(rows.items(), key=lambda item: np.mean(item[1])))

@@ -26,6 +26,7 @@ from plumbing import randomness, records
 
 Scores = Gates  # the same fields and shapes; a score may be any number, and the higher are kept
 WITH_TEXT = ("activation", "taylor")
+OF_MODEL = ("magnitude", *WITH_TEXT)  # those that look at the weights
 CHOSEN = 100.0  # log_alpha of what is kept: above all that are learned, and its gates are 1 to the last digit
 
 

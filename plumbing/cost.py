@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from masks import check_target
 from model import LOGITS_AT_ONCE, LlamaConfig, read_config
-from plumbing import parallel, records
+from plumbing import choices, parallel, records
 from plumbing.command_line import load
 from plumbing.data import MicroBatch
 from plumbing.models import model_directory
@@ -249,8 +249,13 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     for kind, n_bytes in snapshot.items():
         if kind != "Total":
             result[KINDS.get(kind.value, "activations")] += n_bytes
-    # before the first step: the source as it is trained, beside DDP's buckets, or whole beside its shards, for a choice
-    whole = 4 * source.n_params() * (1 / n + (processes > 1)) if s.is_pruning and s.gates != "learned" else 0
+    # before the first step of a choice there is the source, and beside it one after the other of these
+    whole, target = 0, s.target_shape(source)
+    if target and s.gates != "learned":
+        copy = source.n_params() if n > 1 and s.gates in choices.OF_MODEL else 0  # whole, beside its shards
+        buckets = source.n_params() if processes > n else 0  # DDP's
+        reference = source.n_params() / n if s.reference_model else 0
+        whole = 4 * (source.n_params() / n + max(copy, buckets, reference, target.n_params() / n))
     if whole > snapshot["Total"]:
         return dict.fromkeys(ROWS, 0.0) | {"weights": whole, "all": whole}
     return {**result, "all": snapshot["Total"]}

@@ -3,7 +3,7 @@
 For float32 on x86 CPUs, PyTorch multiplies by Intel's MKL, which uses AVX-512 on Intel's CPUs only. oneDNN, the other
 library that PyTorch brings along, uses it on all. Where that helps depends on the CPU: AVX-512 on AMD's Zen 4 is no
 faster than AVX2. So a CPU that has AVX-512 is measured once, when this file is imported, which takes 50 ms. `linear` is
-oneDNN's where it is clearly faster, and F.linear elsewhere, as with AVX2 alone, on a GPU, and in bfloat16.
+oneDNN's where that is clearly faster, and F.linear elsewhere, as with AVX2 alone, on a GPU, and in bfloat16.
 
     python experiments/bench.py
 """
@@ -63,22 +63,24 @@ def use_onednn() -> bool:
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return False
     x, weight, grad = torch.ones(256, 256), torch.ones(688, 256), torch.ones(256, 688)
-    try:
-        if not torch.equal(onednn_product(x, weight), x @ weight.t()):
-            return False
-    except (AttributeError, TypeError, RuntimeError):
-        return False
+    inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
 
     def seconds(product) -> float:
-        inputs, began = (x.requires_grad_(), weight.requires_grad_()), time.perf_counter()
+        began = time.perf_counter()
         torch.autograd.grad(product(*inputs), inputs, grad)
         return time.perf_counter() - began
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    ours, theirs = map(min, zip(*((seconds(OneDNNLinear.apply), seconds(F.linear)) for _ in range(8))))
-    torch.set_num_threads(threads)
-    return ours < CLEARLY * theirs
+    try:
+        if not torch.equal(onednn_product(x, weight), x @ weight.t()):
+            return False
+        ours, theirs = map(min, zip(*((seconds(OneDNNLinear.apply), seconds(F.linear)) for _ in range(8))))
+        return ours < CLEARLY * theirs
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    finally:
+        torch.set_num_threads(threads)
 
 
 # far from 1, which Zen 4 has: all processes on a machine must choose alike, to give the same numbers

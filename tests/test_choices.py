@@ -38,6 +38,19 @@ def test_biases_count_for_their_heads():
     assert after[0] == before[0] and 200 < after[1] - before[1] < 300
 
 
+@pytest.mark.parametrize("gates", choices.OF_MODEL)
+def test_who_looks_at_a_model_leaves_it_as_it_was(gates):
+    """Scores are taken of the model that is trained afterwards."""
+    llama, masks = random_llama(SOURCE), PruningMasks(SOURCE, TARGET, 0)
+    tokens, before = torch.arange(20)[None] % SOURCE.vocab_size, dict(llama.named_parameters())
+    values = {name: parameter.clone() for name, parameter in before.items()}
+    logits = llama(tokens)
+    choices.scores(gates, masks, llama, [tokens], seed=0)
+    after = dict(llama.named_parameters())
+    assert list(after) == list(before) and all(p.grad is None and p is before[name] for name, p in after.items())
+    assert all(torch.equal(after[name], values[name]) for name in values) and torch.equal(llama(tokens), logits)
+
+
 def test_random_scores_follow_the_seed_alone():
     masks = PruningMasks(SOURCE, TARGET, 0)
     one, two = (choices.random_scores(masks, seed) for seed in (1, 2))

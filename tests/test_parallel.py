@@ -420,13 +420,23 @@ def test_dry_run_of_pruning():
 
 
 def test_dry_run_of_a_cut_at_once_knows_the_source():
-    """Before the first step the source is there, in float32, beside DDP's buckets of as many bytes, or, for the choice,
-    whole beside its shards."""
+    """Before the first step the source is there, in float32. Beside it are DDP's buckets of as many bytes, the
+    reference model, the small model, or, for a choice that looks at the weights, a whole copy beside the shards."""
     args = "--init_from=x --target_n_layer=1 --target_d_model=32 --target_n_head=1 --target_d_ffn=32".split()
     source = LlamaConfig(257, 4, 512, 8, 8, 64, 1376, 64)
-    for more, bytes_each in ((), 4), (("--world_size=2",), 8), (("--world_size=2", "--parallel=fsdp"), 6):
-        s = load(train.Settings, ["--gates=random", "--batch_size=2", "--seq_len=16", *args, *more])
-        assert cost.memory(s, source, train.rehearse)["all"] == pytest.approx(bytes_each * source.n_params())
+    small = 4 * LlamaConfig(257, 1, 32, 1, 1, 64, 32, 64).n_params()
+    shards = ("--world_size=2", "--parallel=fsdp")
+    for more, bytes_each, beside in (
+        (["--gates=random"], 4, small),
+        (["--gates=random", "--reference_model=x"], 8, 0),
+        (["--gates=taylor"], 4, small),
+        (["--gates=taylor", "--world_size=2"], 8, 0),
+        (["--gates=random", *shards], 2, small / 2),
+        (["--gates=taylor", *shards], 6, 0),
+    ):
+        s = load(train.Settings, ["--batch_size=2", "--seq_len=16", *args, *more])
+        need = cost.memory(s, source, train.rehearse)["all"]
+        assert need == pytest.approx(bytes_each * source.n_params() + beside), more
 
 
 def test_dry_run_looks_at_the_data(tiny_data, monkeypatch, capsys, tmp_path):
