@@ -120,6 +120,18 @@ def test_one_process_is_continued_by_four_sharded_ones(pruning, tmp_path, monkey
     assert_same(metrics(tmp_path / "x"), expected)
 
 
+def test_sharded_processes_choose_what_one_chooses(pruning, tmp_path, monkeypatch):
+    """By what the whole source does with the same text, which the first process reads beside its shard."""
+    args, _ = pruning
+    mine = [*args, "--gates=taylor", "--settle_at=0", "--noise_from=0", "--noise_to=0", "--steps=2", "--warmup=0"]
+    assert run(monkeypatch, *mine, f"--out={tmp_path / 'one'}") == 0
+    done = fresh(script, "train.py", *mine, f"--out={tmp_path / 'two'}", "--parallel=fsdp", n=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / out / "model/pruning.json").read_text()) for out in ("one", "two"))
+    assert one == two and len(one["hidden"]["kept"]) == one["target"]["d_model"] < one["source"]["d_model"]
+    assert_same(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
+
+
 def test_three_processes_that_stopped_are_three_that_did_not(pruning, tmp_path):
     """To the last byte. Of three numbers, unlike of two, the order decides what their sum is: DDP must keep to one."""
     args, _ = pruning
