@@ -14,6 +14,7 @@ target shape has. activation and taylor look at some batches of training text, a
 `describe` is the other way round: it says what was kept, learned or not, for the pruning.json of a model.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def choose_(masks: PruningMasks, scores: Scores) -> None:
     """Fix the choice, in place: the highest scores of each row are kept, with z = 1. What goes stays as open as it is
     until it is cut out."""
     for granularity, distribution in masks.distributions().items():
-        kept = survivors(getattr(scores, granularity), distribution.keep)
+        kept = survivors(getattr(scores, granularity), distribution.keep).to(distribution.log_alpha.device)
         distribution.log_alpha.masked_fill_(kept, CHOSEN)
 
 
@@ -45,15 +46,18 @@ def settle_(masks: PruningMasks) -> None:
 
 
 def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], seed: int) -> Scores:
-    """The scores of a choice by its name (see above), on the CPU. text: tokens (b, T+1), on the device of the model,
-    for those that look at text. ValueError for a file that is no choice of this source and target."""
-    if gates == "random":
-        return random_scores(masks, seed)
-    of_model = {"magnitude": magnitude_scores, "activation": activation_scores, "taylor": taylor_scores}
-    if gates in of_model:
-        with model.embed_tokens.weight.device:
-            found = of_model[gates](model, *([text] if gates in WITH_TEXT else []))
-        return Scores(*(x.cpu() for x in found))
+    """The scores of a choice by its name (see above), on the device of what it looks at. text: tokens (b, T+1), on the
+    device of the model, for those that look at text. ValueError for a file that is no choice of this source and
+    target."""
+    match gates:
+        case "random":
+            return random_scores(masks, seed)
+        case "magnitude":
+            return magnitude_scores(model)
+        case "activation":
+            return activation_scores(model, text)
+        case "taylor":
+            return taylor_scores(model, text)
     try:
         return scores_of(masks, records.read(Path(gates), records.Pruning, "a pruning.json"))
     except OSError as error:
@@ -73,9 +77,9 @@ def random_scores(masks: PruningMasks, seed: int) -> Scores:
 def activation_scores(model: Llama, text: list[Tensor]) -> Scores:
     """Scores by what flows through a structure, as in Minitron: mean absolute activations of hidden dimensions (after
     the norms), KV groups and feed-forward dimensions. A layer's is its block influence, 1 - cos(input, output)."""
-    config, total = model.config, [torch.zeros(shape) for shape in gate_shapes(model.config).values()]
-    layer, hidden, head, ffn = total
-    identity = nn.Parameter(torch.eye(config.n_head * config.head_dim))
+    config, device = model.config, model.embed_tokens.weight.device
+    total = layer, hidden, head, ffn = [torch.zeros(shape, device=device) for shape in gate_shapes(config).values()]
+    identity = nn.Parameter(torch.eye(config.n_head * config.head_dim, device=device))
 
     def watch(i: int, block) -> list:
         def look_at_layer(_, inputs, output):
@@ -114,7 +118,8 @@ def activation_scores(model: Llama, text: list[Tensor]) -> Scores:
 def taylor_scores(model: Llama, text: list[Tensor]) -> Scores:
     """Scores by first-order Taylor expansion: the mean over sequences of |dL/dz| at z = 1, what the loss L of a
     sequence would change by, to first order, if the structure's gate closed."""
-    gates = [torch.ones(shape, requires_grad=True) for shape in gate_shapes(model.config).values()]
+    ones = partial(torch.ones, device=model.embed_tokens.weight.device, requires_grad=True)
+    gates = [ones(shape) for shape in gate_shapes(model.config).values()]
     total = [torch.zeros_like(z) for z in gates]
     for tokens in text:
         for sequence in tokens.split(1):

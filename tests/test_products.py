@@ -53,12 +53,18 @@ def test_onednn_is_chosen_by_what_the_cpu_can_do_and_what_torch_has(monkeypatch)
         for clearly in (0, math.inf):  # no product is fast enough, or each is
             monkeypatch.setattr(products, "CLEARLY", clearly)
             assert products.use_onednn() is (chosen and clearly > 0) and torch.get_num_threads() == threads
-    for slow, chosen in (("onednn_product", False), ("F", True)):  # whichever waits is not taken
-        with monkeypatch.context() as patch:
-            patch.setattr(products, "CLEARLY", 0.75)
-            late = lambda *x, of=(products.onednn_product if slow != "F" else F.linear): time.sleep(0.02) or of(*x)  # noqa: E731
-            patch.setattr(products, slow, SimpleNamespace(linear=late) if slow == "F" else late)
-            assert products.use_onednn() is chosen
+
+    def slow(product):
+        return lambda *tensors: time.sleep(0.02) or product(*tensors)
+
+    monkeypatch.setattr(products, "CLEARLY", 0.75)
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "onednn_product", slow(products.onednn_product))
+        assert products.use_onednn() is False
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", slow(F.linear))
+        assert products.use_onednn() is True
+    monkeypatch.setattr(products, "CLEARLY", math.inf)
     operator = torch.ops.mkldnn._linear_pointwise
     for other in (
         SimpleNamespace(),  # it is gone
