@@ -281,7 +281,7 @@ def check_ids(models: dict[str, Llama], ids: Iterable[int]) -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line. ValueError for what is not on it."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL_OR_RUN", help="A run, a checkpoint or a model directory.")
 
     group = parser.add_argument_group("text")

@@ -17,7 +17,6 @@ sparsity.png and gates.png exist for runs with gates only. A notebook can call t
 The seven colours are from the palette of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
-import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -443,7 +442,7 @@ FIGURES = {"weights": weights_figure, "loss": loss_figure, "sparsity": sparsity_
 
 def main():
     with user_errors():
-        parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = Parser(__doc__)
         parser.add_argument("runs", nargs="+", metavar="RUN", help="The directory of a run, such as out/toy_prune.")
         where = "The directory for comparison.png, or for the pictures of a single run. Default: the (first) run."
         parser.add_argument("--out", type=Path, metavar="DIR", help=where)

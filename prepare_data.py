@@ -383,12 +383,7 @@ def warnings_about(shares: dict[str, float | None]) -> list[str]:
 
 def make_parser() -> Parser:
     """The command line; each option is an argument of prepare()."""
-    parser = Parser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__, usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help="A folder of text, or the word installed.")
     parser.add_argument("--out", metavar="data/NAME", help="The folder of the data set to make.")
     parser.add_argument(

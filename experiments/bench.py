@@ -7,7 +7,6 @@ change of the machine's speed hits all alike, and a figure is the median of the 
 docs/performance.md says what each part is.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -314,7 +313,7 @@ PARTS = {name.removeprefix("bench_"): part for name, part in globals().items() i
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="rounds of all steps")
     parser.add_argument("--mb", type=float, default=64, help="text for prepare_data, in 10^6 bytes")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts and no others")

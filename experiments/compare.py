@@ -16,12 +16,11 @@ are asked the two-choice questions of plumbing/continuation.py, too. Two runs go
 Results and the figure go to docs/compare/ (with --data: to out/compare/).
 """
 
-import argparse
+import itertools
 import json
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pruning import ON_GPU, call  # noqa: E402
+from runs import ON_GPU, call, each, judged, test_losses, train  # noqa: E402
 
 from plot import COLORS, STYLE, new_figure, read_metrics  # noqa: E402
 from plumbing.command_line import Parser, load, user_errors  # noqa: E402
@@ -65,6 +64,7 @@ PRUNE = {"steps": 700, "warmup": 41, "eval_interval": 25}
 class Case:
     """A scale or a text at which schedules are compared. Its settings of a stage: what differs from the config."""
 
+    name: str
     seeds: int
     skew: dict[str, float]
     mixtures: tuple[str, ...] = ("skewed", "own")
@@ -76,6 +76,28 @@ class Case:
     prune: dict = field(default_factory=PRUNE.copy)
     train_on: dict = field(default_factory=dict)
     sequences: int = 128  # of each domain, of the test split
+
+    def at(self, seed: int, *names: str) -> Path:
+        """A place of a seed: its source, or the run of a mixture and a schedule."""
+        return OUT.joinpath(self.name, str(seed), *(re.sub("[^a-z0-9.]+", "_", name).strip("_") for name in names))
+
+    def source_of(self, seed: int) -> Path:
+        """The source model of a seed."""
+        return Path(self.source or self.at(seed, "source"))
+
+    def pruned_of(self, seed: int) -> Path:
+        """The run that prunes it."""
+        return Path(self.pruned.format(seed) or self.at(seed, "pruned"))
+
+    def losses(self, seed: int, *names: str) -> dict[str, float]:
+        """The test loss of each domain, of a run or, without names, of the source."""
+        model, file = (self.at(seed, *names), "eval.json") if names else (self.source_of(seed), "source.json")
+        return test_losses(model, self.at(seed, *names) / file, self.data, self.sequences)
+
+    def answers(self, seed: int, *names: str) -> dict:
+        """What a run answers to two-choice questions, by domain."""
+        out = self.at(seed, *names)
+        return judged(out, out / "answers.json", self.data, "--continuation")
 
 
 DEMO = dict(zip(["cpp", "python", "docstrings", "comments", "formulas", "manuals", "stubs"], SHARES))
@@ -91,80 +113,41 @@ SMOLLM2 = {
     "sequences": 64,
 }
 CASES = {
-    "toy": Case(5, DEMO, tuple(MIXTURES)),
-    "middle": Case(3, DEMO, pretrain=PRETRAIN | LARGER, prune=PRUNE | ITS_TARGET),
-    "smollm2": Case(3, DEMO, **SMOLLM2),
-    "languages": Case(3, LANGUAGES, data="data/languages"),
+    "toy": Case("toy", 5, DEMO, tuple(MIXTURES)),
+    "middle": Case("middle", 3, DEMO, pretrain=PRETRAIN | LARGER, prune=PRUNE | ITS_TARGET),
+    "smollm2": Case("smollm2", 3, DEMO, **SMOLLM2),
+    "languages": Case("languages", 3, LANGUAGES, data="data/languages"),
 }
 
 
-def train(config: str, out: Path, seed: int, **settings) -> None:
-    """One run, unless it is done."""
-    if not (out / "model").exists():
-        given = [f"--{key}={value}" for key, value in settings.items()]
-        call("train.py", config, "--threads=1", f"--out={out}", f"--seed={seed}", "--log_interval=20", *given)
-
-
-def evaluate(file: Path, case: Case, model: Path) -> None:
-    """Test losses of a model, unless they are there."""
-    if not file.exists():
-        call("eval.py", model, "--data", case.data, "--seq_len", 256, "--sequences", case.sequences, "--json", file)
-
-
-def source_of(name: str, seed: int) -> Path:
-    """The source model of a seed."""
-    return Path(CASES[name].source or OUT / name / f"{seed}/source")
-
-
-def losses_of_source(name: str, seed: int) -> Path:
-    """The file of its test losses."""
-    return OUT / name / str(seed) / "source.json"
-
-
-def pruned_of(name: str, seed: int) -> Path:
-    """The run that prunes it."""
-    return Path(CASES[name].pruned.format(seed) or source_of(name, seed).with_name("pruned"))
-
-
-def run_of(name: str, seed: int, mixture: str, schedule: str) -> Path:
-    """The run that is judged."""
-    return OUT / name / str(seed) / plain(mixture) / plain(schedule)
-
-
-def plain(name: str) -> str:
-    """A name as a folder has it."""
-    return re.sub("[^a-z0-9.]+", "_", name).strip("_")
-
-
-def prepare(name: str, seed: int) -> None:
+def prepare(case: Case, seed: int) -> None:
     """The source model of a seed, with its test losses, and the pruned model."""
-    case, source, pruned = CASES[name], source_of(name, seed), pruned_of(name, seed)
+    source, pruned = case.source_of(seed), case.pruned_of(seed)
     if not case.source:
-        train("config/toy_pretrain.py", source, seed, data=case.data, **case.pretrain)
+        train(source, seed, "config/toy_pretrain.py", data=case.data, **case.pretrain)
     start = {"data": case.data, "init_from": source, "reference_model": source}
     if not case.pruned:
-        train("config/toy_prune.py", pruned, seed, schedule="constant", **start, **case.prune)
+        train(pruned, seed, "config/toy_prune.py", schedule="constant", **start, **case.prune)
     elif not (pruned / "model").exists():
-        first = f'python experiments/pruning.py {name} --seeds {seed + 1} --rows "activation, at one stroke"'
+        first = f'python experiments/pruning.py {case.name} --seeds {seed + 1} --rows "activation, at one stroke"'
         raise ValueError(f"{pruned}: no finished run; first `{first}`")
-    evaluate(losses_of_source(name, seed), case, source)
+    case.losses(seed)
 
 
-def judge(name: str, seed: int, mixture: str, schedule: str) -> None:
+def judge(case: Case, seed: int, mixture: str, schedule: str) -> None:
     """The run of a schedule, with its test losses and answers."""
-    case, out = CASES[name], run_of(name, seed, mixture, schedule)
-    settings = PAPER | settings_of(schedule)
-    settings |= {"data": case.data, "reference_model": source_of(name, seed), "init_from": pruned_of(name, seed)}
-    config, settings = case.config, settings | case.train_on
+    settings = PAPER | settings_of(schedule) | {"data": case.data, "reference_model": case.source_of(seed)}
     if mixture.endswith("pruning too"):
-        config, settings = "config/toy_prune.py", settings | case.prune | {"init_from": source_of(name, seed)}
+        config, settings = "config/toy_prune.py", settings | case.prune | {"init_from": case.source_of(seed)}
+    else:
+        config, settings = case.config, settings | case.train_on | {"init_from": case.pruned_of(seed)}
     ratio = {} if mixture.startswith("own") else case.skew
     if schedule == "uniform":
         ratio = dict.fromkeys(case.skew, 1)
-    train(config, out, seed, **settings, ratio=ratio)
-    evaluate(out / "eval.json", case, out)
-    if schedule in ASKED and not (out / "answers.json").exists():
-        call("eval.py", out, "--data", case.data, "--continuation", "--json", out / "answers.json")
+    train(case.at(seed, mixture, schedule), seed, config, **settings, ratio=ratio)
+    case.losses(seed, mixture, schedule)
+    if schedule in ASKED:
+        case.answers(seed, mixture, schedule)
 
 
 def settings_of(schedule: str) -> dict:
@@ -176,64 +159,48 @@ def settings_of(schedule: str) -> dict:
     return dict(word.removeprefix("--").split("=", 1) for word in schedule.split())
 
 
-def run_all(name: str, seeds: range, mixtures: list[str], schedules: list[str], jobs: int) -> None:
+def run_all(case: Case, seeds: range, mixtures: list[str], schedules: list[str], jobs: int) -> None:
     """Everything that is asked for and not done, some at a time. The first failure stops it."""
-    if CASES[name].data == "data/demo" and not Path("data/demo/meta.json").exists():
+    if case.data == "data/demo" and not Path("data/demo/meta.json").exists():
         call("prepare_data.py", "installed", "--out", "data/demo", "--held_out", "0.1")
-    todo = [(name, seed, mixture, schedule) for seed in seeds for mixture in mixtures for schedule in schedules]
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            list(pool.map(prepare, [name] * len(seeds), seeds))
-            for done, _ in enumerate(pool.map(judge, *zip(*todo)), 1):
-                print(f"{done}/{len(todo)}: {', '.join(map(str, todo[done - 1]))}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    each(prepare, [(case, seed) for seed in seeds], jobs)
+    each(judge, list(itertools.product([case], seeds, mixtures, schedules)), jobs)
 
 
 # -- what came of it ------------------------------------------------------------------------------------------------
 
 
-def losses_in(file: Path) -> dict[str, float]:
-    """The test loss of each domain, of the model in a file of eval.py."""
-    [model] = json.loads(file.read_text())["models"].values()
-    return {domain: row["loss"] for domain, row in model["domains"].items()}
-
-
-def measures(name: str, seed: int, mixture: str, schedule: str) -> dict[str, float]:
+def measures(case: Case, seed: int, mixture: str, schedule: str) -> dict[str, float]:
     """Everything that a run is judged by: degradation in nats per token, shares of the tokens, right answers."""
-    out = run_of(name, seed, mixture, schedule)
-    source, loss = losses_in(losses_of_source(name, seed)), losses_in(out / "eval.json")
-    run = read_metrics(out)
+    source, loss = case.losses(seed), case.losses(seed, mixture, schedule)
+    run = read_metrics(case.at(seed, mixture, schedule))
     drawn, reference = run.evals[-1]["domain_tokens"], run.evals[0]["reference"]
     on_validation = np.array([run.end["loss"][d] - reference[d] for d in source])
     worse = np.array([loss[d] - source[d] for d in source])
     found = {
         "average": worse.mean(),
         "worst": worse.max(),
-        "spread over domains": worse.std(),
         "average, validation": on_validation.mean(),
         "worst, validation": on_validation.max(),
         **{f"degradation, {d}": x for d, x in zip(source, worse)},
         **{f"share of the tokens, {d}": n / sum(drawn.values()) for d, n in drawn.items()},
     }
-    if (out / "answers.json").exists():
-        [answered] = json.loads((out / "answers.json").read_text())["models"].values()
-        for d, row in (answered["domains"] | {"average": answered["average"]}).items():
+    if (case.at(seed, mixture, schedule) / "answers.json").exists():
+        answers = case.answers(seed, mixture, schedule)
+        for d, row in (answers["domains"] | {"average": answers["average"]}).items():
             found |= {f"right answers, {d}": row["accuracy"], f"their error, {d}": row["standard_error"]}
     return {key: round(float(value), 5) for key, value in found.items()}
 
 
-def collect(name: str, schedules: list[str]) -> dict:
+def collect(case: Case, schedules: list[str]) -> dict:
     """Of all that is done in a case: mixture -> schedule -> {seeds, and each measure: one value per seed}."""
     results = {}
-    for mixture in MIXTURES:
-        for schedule in schedules:
-            done = [seed for seed in range(100) if (run_of(name, seed, mixture, schedule) / "eval.json").exists()]
-            if done:
-                rows = [measures(name, seed, mixture, schedule) for seed in done]
-                row = {"seeds": done} | {key: [r[key] for r in rows] for key in rows[0] if all(key in r for r in rows)}
-                results.setdefault(mixture, {})[schedule] = row
+    for mixture, schedule in itertools.product(MIXTURES, schedules):
+        done = [seed for seed in range(100) if (case.at(seed, mixture, schedule) / "eval.json").exists()]
+        if done:
+            rows = [measures(case, seed, mixture, schedule) for seed in done]
+            row = {"seeds": done} | {key: [r[key] for r in rows] for key in rows[0] if all(key in r for r in rows)}
+            results.setdefault(mixture, {})[schedule] = row
     return results
 
 
@@ -327,7 +294,7 @@ def merge(before: dict, found: dict) -> dict:
 
 def report(schedules: list[str]) -> None:
     """Print the tables of what is done here, and put it into results.json and compare.png (see `merge`)."""
-    found = {name: rows for name in CASES if (rows := collect(name, schedules))}
+    found = {name: rows for name, case in CASES.items() if (rows := collect(case, schedules))}
     if not found:
         raise ValueError(f"nothing in {OUT} is done yet")
     for name, mixtures in found.items():
@@ -345,8 +312,7 @@ def report(schedules: list[str]) -> None:
 
 def main():
     global OUT, DOCS
-    look = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser(**look, allow_abbrev=False)  # "--schedule=dro --rho=1" is a schedule
+    parser = Parser(__doc__, allow_abbrev=False)  # "--schedule=dro --rho=1" is a schedule
     parser.add_argument("case", nargs="?", choices=CASES)
     parser.add_argument("--seeds", type=int, nargs="+", help="how many, or the first and the last; default: the case's")
     parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, help="default: the case's")
@@ -358,27 +324,26 @@ def main():
     os.chdir(ROOT)
     with user_errors():
         args = parser.parse_args()
-        seeds = args.seeds or ([CASES[args.case].seeds] if args.case else [1])
-        first, last = (seeds[0], seeds[1]) if len(seeds) == 2 else (0, seeds[0] - 1)
+        case = CASES.get(args.case)
+        if not case and (args.data or not args.report):
+            raise ValueError(f"which case? One of {', '.join(CASES)}, or --report")
+        seeds = args.seeds or [case.seeds if case else 1]
+        first, last = seeds if len(seeds) == 2 else (0, seeds[0] - 1)
         if len(seeds) > 2 or not 0 <= first <= last or args.jobs < 1:
             raise ValueError("--seeds and --jobs must be above 0")
-        if not args.case and (args.data or not args.report):
-            raise ValueError(f"which case? One of {', '.join(CASES)}, or --report")
         for schedule in args.schedules:
             load(Settings, [CASES["toy"].config, *(f"--{k}={v}" for k, v in settings_of(schedule).items())])
-        if args.data and CASES[args.case].pruned:
-            raise ValueError(f"--data: {args.case} starts from a model that was pruned on {CASES[args.case].data}")
         if args.data:
-            given = load(Settings, [CASES[args.case].config, f"--data={args.data}", f"--ratio={args.ratio}"])
+            if case.pruned:
+                raise ValueError(f"--data: {case.name} starts from a model that was pruned on {case.data}")
+            given = load(Settings, [case.config, f"--data={args.data}", f"--ratio={args.ratio}"])
             domains = TokenData(given.data).domains
             if given.ratio.keys() != set(domains):
                 raise ValueError(f"--ratio needs a share of each domain: {', '.join(domains)}")
-            CASES[args.case] = replace(CASES[args.case], data=given.data, skew=given.ratio)
+            case = CASES[case.name] = replace(case, data=given.data, skew=given.ratio)
             OUT = DOCS = OUT / Path(given.data).name
         if not args.report:
-            run_all(
-                args.case, range(first, last + 1), args.mixtures or CASES[args.case].mixtures, args.schedules, args.jobs
-            )
+            run_all(case, range(first, last + 1), args.mixtures or case.mixtures, args.schedules, args.jobs)
         report(args.schedules)
 
 

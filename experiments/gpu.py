@@ -9,7 +9,6 @@ GPU of 80 GB does not hold it all. MFU counts no recomputed FLOPs. *waits* is ho
 in the timed steps, which read no batch, and log and save nothing.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -136,7 +135,7 @@ def table(found: dict) -> str:
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--out", default=str(FILE), help="file of the figures")
     with user_errors():

@@ -13,7 +13,6 @@ processes     memory of each of so many processes and a step's FLOPs in each, by
 operations account for. Everything is on 2 threads; a time is the median of the rounds.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -116,7 +115,7 @@ def measure(rounds: int) -> dict[str, tuple]:
 
 def main():
     parts = measure(1)
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="calls of which the median is taken")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="these parts and no others")
     parser.add_argument("--out", default="docs/performance", help="folder of growth.png")

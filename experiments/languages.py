@@ -7,7 +7,6 @@
 A page of the book is a document. Paragraphs that a translation still has in English are left out of it.
 """
 
-import argparse
 import re
 import sys
 from html.parser import HTMLParser
@@ -50,7 +49,7 @@ class Paragraphs(HTMLParser):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("html", type=Path, help="folder of the package that has a folder a language")
     parser.add_argument("out", type=Path, help="folder to make, with a folder a language")
     with user_errors():

@@ -10,7 +10,6 @@ those of `constant` and `paper` that experiments/compare.py has left. Every law 
 the run will have seen at its end: what is judged is the law, not the guess of the mixture.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from scipy.special import huber, logsumexp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-from compare import CASES, PAPER, pruned_of, source_of  # noqa: E402
+from compare import CASES, PAPER  # noqa: E402
 
 from plumbing.command_line import Parser, user_errors  # noqa: E402
 from plumbing.metrics import read_metrics  # noqa: E402
@@ -94,7 +93,7 @@ def watch(name: str, *command: str) -> None:
 
 def record(mixture: str, seed: int) -> None:
     """One prune and one continue run under `constant`."""
-    source = before = source_of("toy", seed)
+    source = before = CASES["toy"].source_of(seed)
     for stage, config in STAGES.items():
         name = f"{stage}_{mixture}_{seed}"
         if not (OUT / name / "model").exists():
@@ -271,7 +270,7 @@ def histories() -> list[tuple[str, History]]:
     for path in sorted(p for schedule in ("constant", "paper") for p in COMPARE.glob(f"*/*/*/{schedule}/eval.json")):
         name, seed, mixture, _ = path.parent.relative_to(COMPARE).parts
         if (name, seed) not in pruned:
-            pruned[name, seed] = history(pruned_of(name, int(seed)))
+            pruned[name, seed] = history(CASES[name].pruned_of(int(seed)))
         run, before = history(path.parent), pruned[name, seed]
         found.append((f"{name}, {mixture}", replace(run, before=before.until(1) if run.stage == "continue" else None)))
     return [*found, *((f"{name}, pruned", before) for (name, _), before in pruned.items())]
@@ -280,7 +279,7 @@ def histories() -> list[tuple[str, History]]:
 def main():
     if sys.argv[1:2] == ["watch"]:  # a process of `record`
         return watch(*sys.argv[2:])
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("what", nargs="?", choices=["record", "report"], default="report")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     os.chdir(ROOT)

@@ -2,8 +2,9 @@
 
     python experiments/pruning.py toy [--seeds 3] [--jobs 2] [--rows "magnitude, fading" ...]
     python experiments/pruning.py smollm2 [--seeds 3] [--jobs 6]    # on a GPU; without one, a run takes hours
+    python experiments/pruning.py smollm2_short [--seeds 2]         # half of the tokens, on a CPU: an hour a run
 
-`toy` makes its data set and its source model, where they are not there; `smollm2` needs those of docs/smollm2.md. Every
+`toy` makes its data set and its source model, where they are not there; the others need those of docs/smollm2.md. Every
 row is one run of equal settings (the config's, with the paper's mixture) but for what its name says, and sees the same
 number of tokens. A seed is that of data order, gates and random choice.
 
@@ -12,45 +13,44 @@ number of tokens. A seed is that of data order, gates and random choice.
     learned, two stages       gates for 4/7 of the run as in the paper; then a run with its own warm-up and cosine
     learned, settling         gates for 2/7 of the run, their noise fades out; then what goes fades out for 2/7
     learned, settling sooner  the same in half of the time, 1/7 of the run each
+    learned, at one stroke    what `learned, settling` has kept with that seed, cut out before the first step
     from scratch              the target shape, with initial weights drawn at random
 
-Losses are eval.py's on the test split. Runs that are done are skipped. Results of all rows go to docs/pruning/; those
-of some (--rows) are printed.
+Losses are eval.py's on the test split. Runs that are done are skipped. Results go to docs/pruning/, where a row with
+more seeds stays, if it is of the same text and source.
 """
 
 import argparse
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from runs import ON_GPU, call, each, test_losses, train  # noqa: E402
 
 from plot import COLORS, STYLE, new_figure  # noqa: E402
 from plumbing.command_line import Parser, user_errors  # noqa: E402
 from plumbing.metrics import read_metrics  # noqa: E402
 
-OUT, DOCS = Path("out/pruning"), ROOT / "docs" / "pruning"
+OUT, DOCS = Path("out/pruning"), Path("docs/pruning")
 CHOICES = ["random", "magnitude", "activation", "taylor"]
 ROWS = [
     *(f"{choice}, {way}" for choice in CHOICES for way in ("at one stroke", "fading")),
-    *("learned, two stages", "learned, settling", "learned, settling sooner", "from scratch"),
+    *("learned, two stages", "learned, settling", "learned, settling sooner"),
+    *("learned, at one stroke", "from scratch"),
 ]
+LATER = "learned, at one stroke"  # it needs the runs of another row
 DRAWN = ["random, at one stroke", "magnitude, at one stroke", "activation, at one stroke", "activation, fading",
          "learned, two stages", "learned, settling"]  # fmt: skip
 PAPER = {"gates": "learned", "noise_from": 0, "noise_to": 0, "settle_at": 0, "fade": 0}  # in place of the config's
-# a run takes a minute there, and a checkpoint of a real model is large
-ON_GPU = {"dtype": "bfloat16", "save_interval": 10**6} if torch.cuda.is_available() else {}
 
 
 @dataclass(frozen=True)
@@ -94,40 +94,25 @@ SCALES = {
         {"batch_size": 8, "eval_sequences": 16} | ON_GPU,
     ),
 }
+SHORT = {"batch_size": 4, "eval_sequences": 8, "dtype": "bfloat16"}  # on a CPU that multiplies it
+SCALES["smollm2_short"] = replace(SCALES["smollm2"], evaluations=14, settings=SHORT)
 
 
-def call(*command: object) -> None:
-    """One of the project's commands, on one thread, from the project's directory. OSError where it fails."""
-    one = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=one, stdout=subprocess.DEVNULL)
-    if ended.returncode:
-        raise OSError(f"`{' '.join(map(str, command))}` failed, and has said why")
+def place(name: str, row: str, seed: int) -> Path:
+    """The directory of a row's last run."""
+    return OUT / f"{name}_{row.replace(', ', '_').replace(' ', '_')}_{seed}"
 
 
-def train(config: str, out: Path, seed: int, **settings) -> None:
-    """One run on one thread, with the paper's mixture."""
-    given = [f"--{key}={value}" for key, value in settings.items()]
-    call("train.py", config, "config/paper.py", "--threads=1", f"--seed={seed}", f"--out={out}", *given)
+def judge(name: str, row: str, seed: int) -> float:
+    """The test loss of a row, average over domains, after its runs. What is done is not done again."""
+    scale, out = SCALES[name], place(name, row, seed)
+    run(name, row, seed)
+    return statistics.fmean(test_losses(out, out / "test.json", scale.data, scale.sequences).values())
 
 
-def test_loss(scale: Scale, model: str | Path, file: Path) -> float:
-    """The test loss of a model, average over domains, which eval.py writes to a file, unless it is there."""
-    if not (ROOT / file).exists():
-        test = {"--data": scale.data, "--seq_len": 256, "--sequences": scale.sequences, "--json": file}
-        call("eval.py", model, *(word for item in test.items() for word in item))
-    [found] = json.loads((ROOT / file).read_text())["models"].values()
-    return found["average"]["loss"]
-
-
-def judge(scale: Scale, row: str, seed: int) -> tuple[Path, float]:
-    """The directory of a row's last run, and its test loss. train.py does nothing where a run is done."""
-    out = OUT / f"{scale.data.removeprefix('data/')}_{row.replace(', ', '_').replace(' ', '_')}_{seed}"
-    run(scale, row, seed, out)
-    return out, test_loss(scale, out, out / "test.json")
-
-
-def run(scale: Scale, row: str, seed: int, out: Path) -> None:
+def run(name: str, row: str, seed: int) -> None:
     """The runs of one row, which leave one model."""
+    scale, out = SCALES[name], place(name, row, seed)
     steps, seventh = scale.steps, scale.steps // 7
     interval = max(1, steps // scale.evaluations)
     usual = PAPER | scale.settings | {"init_from": scale.source, "reference_model": scale.source}
@@ -135,33 +120,33 @@ def run(scale: Scale, row: str, seed: int, out: Path) -> None:
     choice, _, way = row.partition(", ")
     dense = dict.fromkeys(("target_n_layer", "target_d_model", "target_n_head", "target_d_ffn"), 0)
     dense["gate_samples"] = 1
+    configs = (scale.config, "config/paper.py")
     if row == "from scratch":
         fresh = {"init_from": "", "lr": scale.scratch_lr, "warmup": steps // 10, "schedule": "constant"}
-        train(scale.config, out, seed, **usual | dense | fresh, **scale.shape)
+        train(out, seed, *configs, **usual | dense | fresh, **scale.shape)
     elif way == "two stages":
         gated, first = out.with_name(out.name + "_gated"), 4 * seventh
-        train(
-            scale.config,
-            gated,
-            seed,
-            **usual | {"steps": first, "warmup": first // 10, "sparsity_warmup": first * 3 // 5},
-        )
+        once = {"steps": first, "warmup": first // 10, "sparsity_warmup": first * 3 // 5}
+        train(gated, seed, *configs, **usual | once)
         second = {"init_from": gated, "steps": steps - first, "warmup": (steps - first) // 33}
-        train(scale.config, out, seed, **usual | dense | second)
+        train(out, seed, *configs, **usual | dense | second)
     elif way.startswith("settling"):
         gated = 2 * seventh if way == "settling" else seventh
         noise = {"noise_from": gated * 35 // 100, "noise_to": gated * 9 // 10, "sparsity_warmup": gated // 2}
-        train(scale.config, out, seed, **usual | noise | {"settle_at": gated, "fade": gated})
+        train(out, seed, *configs, **usual | noise | {"settle_at": gated, "fade": gated})
     else:
-        train(scale.config, out, seed, **usual | {"gates": choice, "fade": 2 * seventh if way == "fading" else 0})
+        if choice == "learned":
+            choice = place(name, "learned, settling", seed) / "model" / "pruning.json"
+        train(out, seed, *configs, **usual | {"gates": choice, "fade": 2 * seventh if way == "fading" else 0})
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("scale", choices=SCALES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, metavar="ROW")
+    os.chdir(ROOT)
     with user_errors():
         args = parser.parse_args()
         compare(args)
@@ -169,28 +154,35 @@ def main():
 
 def compare(args: argparse.Namespace) -> None:
     """All runs of some rows, their test losses, the table and the figure."""
-    scale, runs = SCALES[args.scale], {}
-    if scale.data == "data/demo" and not (ROOT / scale.data / "meta.json").exists():
+    scale = SCALES[args.scale]
+    if args.seeds < 1 or args.jobs < 1:
+        raise ValueError("--seeds and --jobs must be above 0")
+    if scale.data == "data/demo" and not Path(scale.data, "meta.json").exists():
         call("prepare_data.py", "installed", "--out", scale.data, "--held_out", "0.1")
-    if args.scale == "toy" and not (ROOT / scale.source / "model").exists():  # it learns for longer than the demo's
-        train("config/toy_pretrain.py", Path(scale.source), 0, schedule="constant", steps=1200, warmup=120)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        todo = {(row, seed): pool.submit(judge, scale, row, seed) for seed in range(args.seeds) for row in args.rows}
-        for key, future in todo.items():
-            runs[key] = future.result()
-            print(f"{len(runs)}/{len(todo)}: {key[0]}, seed {key[1]}", flush=True)
-    result = {
-        "command": f"python experiments/pruning.py {shlex.join(sys.argv[1:])}",
-        "measure": "test loss, nats per token, average over domains; one value per seed",
-        "source": test_loss(scale, scale.source, OUT / f"{args.scale}_source.json"),
-        "losses": {row: [runs[row, seed][1] for seed in range(args.seeds)] for row in args.rows},
-    }
-    if args.rows == ROWS:
-        DOCS.mkdir(parents=True, exist_ok=True)
-        (DOCS / f"{args.scale}.json").write_text(json.dumps(result, indent=1) + "\n")
-        drawn = {row: [ROOT / runs[row, seed][0] for seed in range(args.seeds)] for row in DRAWN}
-        figure(drawn).savefig(DOCS / f"{args.scale}.png")
+    if args.scale == "toy":  # its source learns for longer than the demo's
+        configs = ("config/toy_pretrain.py", "config/paper.py")
+        train(Path(scale.source), 0, *configs, schedule="constant", steps=1200, warmup=120)
+    for later in (False, True):
+        rows = [row for row in args.rows if (row == LATER) == later]
+        each(judge, [(args.scale, row, seed) for seed in range(args.seeds) for row in rows], args.jobs)
+    of_source = test_losses(scale.source, OUT / f"{args.scale}_source.json", scale.data, scale.sequences)
+    source, file = statistics.fmean(of_source.values()), DOCS / f"{args.scale}.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if abs(before.get("source", 0) - source) > 1e-3:
+        before = {}
+    losses = before.get("losses", {})
+    for row in args.rows:
+        found = [judge(args.scale, row, seed) for seed in range(args.seeds)]
+        losses[row] = max(found, losses.get(row, []), key=len)
+    command = f"python experiments/pruning.py {args.scale} --seeds {args.seeds}"
+    measure = "test loss, nats per token, average over domains; one value per seed"
+    result = {"command": command, "measure": measure} | before | {"source": source, "losses": losses}
+    DOCS.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
+    drawn = {row: [place(args.scale, row, seed) for seed in range(args.seeds)] for row in DRAWN}
+    if all((out / "model").exists() for runs in drawn.values() for out in runs):
+        figure(drawn).savefig(DOCS / f"{args.scale}.png")
 
 
 def table(result: dict) -> str:

@@ -7,7 +7,6 @@ Each figure is one function. What it shows is computed by the functions that tra
 Chapters 1 to 3 run config/toy_gates.py on small batches, to look at every gate after every step (`gated_run`).
 """
 
-import argparse
 import ast
 import copy
 import io
@@ -453,7 +452,7 @@ def notebook(page: str) -> dict:
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--text", action="store_true", help="only the quotes in docs/tour.md and the notebook")
     names = [f.__name__ for f in FIGURES]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these figures")

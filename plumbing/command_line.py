@@ -120,7 +120,11 @@ def one_line(text: str, length: int = 80) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake raised as ValueError, for `user_errors`, and the nearest option named."""
+    """argparse, with a mistake raised as ValueError, for `user_errors`, and the nearest option named. The description
+    is printed as it is."""
+
+    def __init__(self, description: str, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
+        super().__init__(description=description, formatter_class=formatter_class, **options)
 
     def error(self, message: str):
         """Raise instead of printing usage and exiting."""
@@ -383,7 +387,7 @@ def with_values(args: list[str], known: dict[str, Field]) -> list[str]:
 def parser_of(cls: type, known: dict[str, Field]) -> Parser:
     """The parser of the settings of `cls`: its `--help` is their documentation."""
     title, _, usage = cls.__doc__.partition("\n")
-    parser = Parser(usage=title, description=usage, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    parser = Parser(usage, argparse.HelpFormatter, usage=title, allow_abbrev=False)
     group = parser
     for name, field in known.items():
         if field.group:

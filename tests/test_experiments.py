@@ -7,6 +7,7 @@ import warnings
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,32 +32,42 @@ import gpu  # noqa: E402
 import languages  # noqa: E402
 import laws  # noqa: E402
 import pruning  # noqa: E402
+import runs  # noqa: E402
 
 
 def test_runs_of_a_case_differ_in_their_schedule_alone(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(compare, "OUT", tmp_path)
     commands = []
-    monkeypatch.setattr(compare, "call", lambda *command: commands.append([str(word) for word in command]))
+    nothing = {"models": {"": {"domains": {}}}}
+
+    def pretend(*command):
+        commands.append([str(word) for word in command])
+        if "--json" in command:
+            command[-1].parent.mkdir(parents=True, exist_ok=True)
+            command[-1].write_text(json.dumps(nothing))
+
+    monkeypatch.setattr(runs, "call", pretend)
+    toy = compare.CASES["toy"]
     for mixture in compare.MIXTURES:
-        runs = {}
+        settings = {}
         for schedule in [*compare.SCHEDULES, "--schedule=dro --rho=0.7"]:
             commands.clear()
-            compare.judge("toy", 3, mixture, schedule)
+            compare.judge(toy, 3, mixture, schedule)
             asked = ["eval.py"] * (schedule in compare.ASKED)  # two-choice questions
             assert [command[0] for command in commands] == ["train.py", "eval.py", *asked]
-            runs[schedule] = asdict(load(Settings, commands[0][1:]))
-        assert len({run["out"] for run in runs.values()}) == len(runs)
+            settings[schedule] = asdict(load(Settings, commands[0][1:]))
+        assert len({run["out"] for run in settings.values()}) == len(settings)
         begins = "source" if mixture.endswith("pruning too") else "pruned"
-        for schedule, run in runs.items():
-            changed = {key for key in run if run[key] != runs["constant"][key]}
+        for schedule, run in settings.items():
+            changed = {key for key in run if run[key] != settings["constant"][key]}
             given = {word.split("=")[0].strip("-") for word in schedule.split()} | {"schedule", "ratio"}
             assert changed <= {"out"} | set(compare.SCHEDULES.get(schedule, {})) | given, (mixture, schedule)
             assert run["seed"] == 3 and run["init_from"] == str(tmp_path / "toy/3" / begins)
             shares = [1] * 7 if schedule == "uniform" else [] if mixture.startswith("own") else compare.SHARES
             assert sorted(run["ratio"].values()) == sorted(shares)
             assert run["reference_model"] == str(tmp_path / "toy/3/source") and run["law"] == "rate"
-        paper, even = runs["paper"], runs["even"]
+        paper, even = settings["paper"], settings["even"]
         assert (paper["rho"], paper["temperature"], paper["bound"], paper["delta"]) == (0.1, 0, 2, 0.1)
         assert paper["dynamic_reference"] and paper["dynamic_ratio"] and not even["dynamic_reference"]
 
@@ -69,7 +80,7 @@ def test_settings_may_stand_in_place_of_a_schedule(monkeypatch):
     schedules = ["--schedule=dro --rho=0.7", "constant"]
     monkeypatch.setattr(sys, "argv", ["compare.py", "toy", "--seeds", "2", "3", "--schedules", *schedules])
     compare.main()
-    assert asked == [("toy", range(2, 4), compare.CASES["toy"].mixtures, schedules, 2), schedules]
+    assert asked == [(compare.CASES["toy"], range(2, 4), compare.CASES["toy"].mixtures, schedules, 2), schedules]
 
 
 def test_seeds_have_their_own_source_and_what_is_done_is_not_done_again(monkeypatch, tmp_path):
@@ -83,10 +94,11 @@ def test_seeds_have_their_own_source_and_what_is_done_is_not_done_again(monkeypa
         files = [Path(word.removeprefix("--out="), "model") for word in words if word.startswith("--out=")]
         for file in files + [Path(words[-1])] * ("--json" in words):
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
+            file.write_text('{"models": {"": {"domains": {}}}}')
 
     monkeypatch.setattr(compare, "call", pretend)
-    arguments = ("toy", range(1, 3), ["skewed"], ["constant", "dro"], 1)
+    monkeypatch.setattr(runs, "call", pretend)
+    arguments = (compare.CASES["toy"], range(1, 3), ["skewed"], ["constant", "dro"], 1)
     compare.run_all(*arguments)
     trained = [str(word) for command in done for word in command if command[0] == "train.py" and "--out=" in str(word)]
     ends = ["source", "pruned", "skewed/constant", "skewed/dro"]
@@ -106,8 +118,9 @@ def test_what_a_run_is_judged_by(monkeypatch, tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"models": rows}))
 
-    out = compare.run_of("toy", 0, "skewed", "even")
-    write(compare.losses_of_source("toy", 0), source=source)
+    toy = compare.CASES["toy"]
+    out = toy.at(0, "skewed", "even")
+    write(toy.at(0) / "source.json", source=source)
     write(out / "eval.json", run=loss)
     by_domain = lambda values: dict(zip(domains, values))  # noqa: E731
     lines = [{"type": "run", "domains": domains, "stage": "continue", "steps": 20, "tokens_per_step": 100}]
@@ -122,19 +135,18 @@ def test_what_a_run_is_judged_by(monkeypatch, tmp_path):
     answers = {"domains": {d: {"accuracy": 0.5 + i / 20, "standard_error": 0.03} for i, d in enumerate(domains)}}
     answers["average"] = {"accuracy": 0.6, "standard_error": 0.01}
     (out / "answers.json").write_text(json.dumps({"models": {"run": answers}}))
-    found, worse = compare.measures("toy", 0, "skewed", "even"), loss - source
+    found, worse = compare.measures(toy, 0, "skewed", "even"), loss - source
     assert found["average"] == pytest.approx(worse.mean(), abs=1e-5)
     expected = {
         "worst": worse.max(),
         "degradation, b": worse[1],
-        "spread over domains": worse.std(),
         "worst, validation": (val - reference).max(),  # the references of the start
         "share of the tokens, c": 0.5,
         "right answers, b": 0.55,
     }
     assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
     row = {"seeds": [0]} | {key: [x] for key, x in found.items()}
-    assert compare.collect("toy", ["constant", "even"]) == {"skewed": {"even": row}}
+    assert compare.collect(toy, ["constant", "even"]) == {"skewed": {"even": row}}
     table = compare.answers_table({"even": row}).splitlines()
     assert table[0] == "| | a | b | c | average |"
     assert table[2] == "| even | 50.0 ± 3.0 | 55.0 ± 3.0 | 60.0 ± 3.0 | 60.0 ± 1.0 |"
@@ -206,6 +218,58 @@ def test_results_of_two_places_are_put_together_by_mixture():
     merged = {"toy": {"skewed": before["toy"]["skewed"], "own": {"dro": row(7)}}}
     merged |= {"middle": {"own": {}}, "languages": found["languages"]}
     assert compare.merge(before, found) == merged and compare.merge({}, found) == found
+
+
+def test_rows_of_a_pruning_table_have_equal_settings(monkeypatch, tmp_path, capsys):
+    """But for what their names say. A row with more seeds stays, if it is of the same source."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pruning, "OUT", tmp_path / "out")
+    monkeypatch.setattr(pruning, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(pruning, "figure", lambda drawn: SimpleNamespace(savefig=lambda file: None))
+    commands, losses = {}, {"a": {"loss": 1.0}, "b": {"loss": 3.0}}
+
+    def pretend(*command):
+        words = [str(word) for word in command]
+        if words[0] == "eval.py":
+            Path(words[-1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(words[-1]).write_text(json.dumps({"models": {"": {"domains": losses}}}))
+        else:
+            settings = asdict(load(Settings, words[1:]))
+            out = Path(settings.pop("out"))
+            commands[out.name] = settings
+            needs = [settings["gates"]] * settings["gates"].endswith(".json") + [settings["init_from"]]
+            assert all(Path(x).exists() for x in needs if str(tmp_path) in x), out
+            (out / "model").mkdir(parents=True)
+            (out / "model/pruning.json").touch()
+
+    monkeypatch.setattr(runs, "call", pretend)
+    command = ["pruning.py", "smollm2_short", "--jobs", "1", "--seeds"]
+    assert call(monkeypatch, pruning.main, *command, "1") == 0
+    usual = commands["smollm2_short_activation_at_one_stroke_0"]
+    assert usual["steps"] * usual["batch_size"] * usual["seq_len"] == 716_800 and usual["gates"] == "activation"
+    stages = [run for name, run in commands.items() if "two_stages" in name]
+    assert sum(run["steps"] for run in stages) == 700 and len(commands) == len(pruning.ROWS) + 1
+    way = {"gates", "fade", "noise_from", "noise_to", "settle_at", "sparsity_warmup"}
+    for name, run in commands.items():
+        if "two_stages" not in name and "scratch" not in name:
+            assert {key for key in run if run[key] != usual[key]} <= way, name
+    learned = commands["smollm2_short_learned_settling_0"]
+    assert (learned["settle_at"], learned["fade"], learned["noise_to"]) == (200, 200, 180)
+
+    file, rows = tmp_path / "docs/smollm2_short.json", ["--rows", "from scratch"]
+    before = json.loads(file.read_text())
+    assert before["losses"] == {row: [2.0] for row in pruning.ROWS} and before["source"] == 2.0
+    before["losses"] |= {"from scratch": [9.0, 9.5], "random, fading": [7.0, 7.5]}
+    file.write_text(json.dumps(before))
+    assert call(monkeypatch, pruning.main, *command, "1", *rows) == 0
+    assert json.loads(file.read_text()) == before
+    assert call(monkeypatch, pruning.main, *command, "2", *rows) == 0
+    assert json.loads(file.read_text())["losses"] == before["losses"] | {"from scratch": [2.0, 2.0]}
+    file.write_text(json.dumps(before | {"source": 2.1}))
+    assert call(monkeypatch, pruning.main, *command, "1", *rows) == 0
+    assert json.loads(file.read_text())["losses"] == {"from scratch": [2.0]}
+    capsys.readouterr()
+    assert call(monkeypatch, pruning.main, *command, "0") == 2 and "above 0" in capsys.readouterr().err
 
 
 def test_the_tables_in_the_docs_are_what_was_measured():

@@ -1,0 +1,59 @@
+"""What the experiments share: the project's commands, on one thread each, and what eval.py has said of a model."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# a run takes a minute there, and a checkpoint of a real model is large
+ON_GPU = {"dtype": "bfloat16", "save_interval": 10**6} if torch.cuda.is_available() else {}
+
+
+def call(*command: object) -> None:
+    """One of the project's commands, on one thread, from the project's directory. OSError where it fails."""
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=one, stdout=subprocess.DEVNULL)
+    if ended.returncode:
+        raise OSError(f"`{' '.join(map(str, command))}` failed, and has said why")
+
+
+def train(out: Path, seed: int, *configs: str, **settings) -> None:
+    """One run, unless it is done."""
+    if not (out / "model").exists():
+        given = [f"--{key}={value}" for key, value in settings.items()]
+        call("train.py", *configs, "--threads=1", f"--seed={seed}", f"--out={out}", *given)
+
+
+def judged(model: str | Path, file: Path, data: str, *options: object) -> dict:
+    """What eval.py says of a model on a data set. It writes that to a file, unless it is there."""
+    if not file.exists():
+        call("eval.py", model, "--data", data, *options, "--json", file)
+    [found] = json.loads(file.read_text())["models"].values()
+    return found
+
+
+def test_losses(model: str | Path, file: Path, data: str, sequences: int) -> dict[str, float]:
+    """The test loss of each domain, nats per token, on so many sequences of 256 tokens."""
+    found = judged(model, file, data, "--seq_len", 256, "--sequences", sequences)
+    return {domain: row["loss"] for domain, row in found["domains"].items()}
+
+
+def each(function: Callable, calls: list[tuple], jobs: int) -> list:
+    """The results of some calls, by their arguments, so many at a time. The first failure stops all."""
+    results = []
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for arguments, result in zip(calls, pool.map(lambda arguments: function(*arguments), calls)):
+                results.append(result)
+                said = ", ".join(x if isinstance(x, str) else str(getattr(x, "name", x)) for x in arguments)
+                print(f"{function.__name__} {len(results)}/{len(calls)}: {said}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
