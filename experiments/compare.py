@@ -141,9 +141,8 @@ def judge(case: Case, seed: int, mixture: str, schedule: str) -> None:
         config, settings = "config/toy_prune.py", settings | case.prune | {"init_from": case.source_of(seed)}
     else:
         config, settings = case.config, settings | case.train_on | {"init_from": case.pruned_of(seed)}
-    ratio = {} if mixture.startswith("own") else case.skew
-    if schedule == "uniform":
-        ratio = dict.fromkeys(case.skew, 1)
+    shares = {} if mixture.startswith("own") else case.skew
+    ratio = dict.fromkeys(case.skew, 1) if schedule == "uniform" else shares
     train(case.at(seed, mixture, schedule), seed, config, **settings, ratio=ratio)
     case.losses(seed, mixture, schedule)
     if schedule in ASKED:
@@ -194,9 +193,9 @@ def measures(case: Case, seed: int, mixture: str, schedule: str) -> dict[str, fl
 
 def collect(case: Case, schedules: list[str]) -> dict:
     """Of all that is done in a case: mixture -> schedule -> {seeds, and each measure: one value per seed}."""
-    results = {}
+    results, ready = {}, [seed for seed in range(100) if (case.at(seed) / "source.json").exists()]
     for mixture, schedule in itertools.product(MIXTURES, schedules):
-        done = [seed for seed in range(100) if (case.at(seed, mixture, schedule) / "eval.json").exists()]
+        done = [seed for seed in ready if (case.at(seed, mixture, schedule) / "eval.json").exists()]
         if done:
             rows = [measures(case, seed, mixture, schedule) for seed in done]
             row = {"seeds": done} | {key: [r[key] for r in rows] for key in rows[0] if all(key in r for r in rows)}
@@ -217,9 +216,9 @@ def three(x: float) -> str:
 
 def table(results: dict) -> str:
     """Markdown: the average and the worst degradation at each mixture, mean ± standard deviation over seeds. Bold:
-    lower than `sheared` in every seed. Last: the mean difference to `sheared` on the worst domain, with the p of a
-    paired t-test."""
-    heads = [f"{m}: {key}" for m in results for key in ("average", "worst domain", "worst − sheared's")]
+    lower than `sheared` in every seed. Last: the mean differences to `sheared` in the seeds that both have, with the p
+    of a paired t-test."""
+    heads = [f"{m}: {key}" for m in results for key in ("average", "worst domain", "minus `sheared`")]
     lines = [f"| schedule | {' | '.join(heads)} | seeds |", "|---" * (len(heads) + 2) + "|"]
     for schedule in dict.fromkeys(s for rows in results.values() for s in rows):
         cells, seeds = [], []
@@ -229,13 +228,15 @@ def table(results: dict) -> str:
                 cells += [""] * 3
                 continue
             seeds.append(len(row["seeds"]))
+            differences = []
             for key in ("average", "worst"):
                 text = three(np.mean(row[key])) + (f" ± {three(np.std(row[key], ddof=1))}" if seeds[-1] > 1 else "")
-                ahead = sheared and schedule != "sheared" and np.all(paired(row, sheared, key) < 0)
-                cells.append(f"**{text}**" if ahead else text)
-            difference = paired(row, sheared, "worst") if sheared and schedule != "sheared" else []
-            p = f" (p {stats.ttest_1samp(difference, 0).pvalue:.1g})" if len(difference) > 1 else ""
-            cells.append(f"{three(np.mean(difference))}{p}" if len(difference) else "")
+                both = paired(row, sheared, key) if sheared and schedule != "sheared" else []
+                cells.append(f"**{text}**" if len(both) and max(both) < 0 else text)
+                if len(both):
+                    p = f" (p {stats.ttest_1samp(both, 0).pvalue:.1g})" if len(both) > 1 else ""
+                    differences.append(three(np.mean(both)) + p)
+            cells.append(" / ".join(differences))
         lines.append(f"| {schedule} | {' | '.join(cells)} | {', '.join(map(str, dict.fromkeys(seeds)))} |")
     return "\n".join(lines)
 

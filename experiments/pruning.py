@@ -16,13 +16,14 @@ number of tokens. A seed is that of data order, gates and random choice.
     learned, at one stroke    what `learned, settling` has kept with that seed, cut out before the first step
     from scratch              the target shape, with initial weights drawn at random
 
-Losses are eval.py's on the test split. Runs that are done are skipped. Results go to docs/pruning/, where a row with
-more seeds stays, if it is of the same text and source.
+Losses are eval.py's on the test split. Runs that are done are skipped. Results are printed, and join those in
+docs/pruning/ that are of the same text and source; there a row with more seeds stays.
 """
 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 from dataclasses import dataclass, field, replace
@@ -53,17 +54,19 @@ DRAWN = ["random, at one stroke", "magnitude, at one stroke", "activation, at on
 PAPER = {"gates": "learned", "noise_from": 0, "noise_to": 0, "settle_at": 0, "fade": 0}  # in place of the config's
 
 
+USUAL = PAPER | {"steps": 700, "warmup": 41, "eval_interval": 25, "sparsity_warmup": 0}
+DENSE = dict.fromkeys(("target_n_layer", "target_d_model", "target_n_head", "target_d_ffn"), 0) | {"gate_samples": 1}
+
+
 @dataclass(frozen=True)
 class Scale:
-    """A source model, its data, and how long the runs are."""
+    """A source model, its data, and the shape that it is cut to."""
 
     config: str
     source: str
     data: str
-    steps: int
     shape: dict  # the target's, for a model from scratch
     scratch_lr: float
-    evaluations: int
     sequences: int  # of each domain, of the test split
     settings: dict = field(default_factory=dict)  # what differs from the config
 
@@ -73,29 +76,25 @@ SCALES = {
         "config/toy_gates.py",
         "out/pruning/source",
         "data/demo",
-        700,
         {"n_layer": 4, "d_model": 96, "n_head": 3, "d_ffn": 256},
         3e-3,
-        28,
         128,
     ),
     "smollm2": Scale(
         "config/prune_smollm2.py",
         "SmolLM2-135M",
         "data/smollm2",
-        700,
         {
             **{"n_layer": 24, "d_model": 480, "n_head": 6, "n_kv_head": 2, "head_dim": 64, "d_ffn": 1152},
             "tie_embeddings": True,
         },
         1e-3,
-        28,
         64,
         {"batch_size": 8, "eval_sequences": 16} | ON_GPU,
     ),
 }
-SHORT = {"batch_size": 4, "eval_sequences": 8, "dtype": "bfloat16"}  # on a CPU that multiplies it
-SCALES["smollm2_short"] = replace(SCALES["smollm2"], evaluations=14, settings=SHORT)
+SHORT = {"batch_size": 4, "eval_sequences": 8, "eval_interval": 50, "dtype": "bfloat16"}  # a CPU should multiply that
+SCALES["smollm2_short"] = replace(SCALES["smollm2"], settings=SHORT)
 
 
 def place(name: str, row: str, seed: int) -> Path:
@@ -104,40 +103,34 @@ def place(name: str, row: str, seed: int) -> Path:
 
 
 def judge(name: str, row: str, seed: int) -> float:
-    """The test loss of a row, average over domains, after its runs. What is done is not done again."""
+    """The test loss of a row, average over domains, after its runs, if they are not done."""
     scale, out = SCALES[name], place(name, row, seed)
-    run(name, row, seed)
+    if not (out / "model").exists():
+        run(name, row, seed)
     return statistics.fmean(test_losses(out, out / "test.json", scale.data, scale.sequences).values())
 
 
 def run(name: str, row: str, seed: int) -> None:
     """The runs of one row, which leave one model."""
     scale, out = SCALES[name], place(name, row, seed)
-    steps, seventh = scale.steps, scale.steps // 7
-    interval = max(1, steps // scale.evaluations)
-    usual = PAPER | scale.settings | {"init_from": scale.source, "reference_model": scale.source}
-    usual |= {"steps": steps, "warmup": steps // 17, "eval_interval": interval, "sparsity_warmup": 0}
-    choice, _, way = row.partition(", ")
-    dense = dict.fromkeys(("target_n_layer", "target_d_model", "target_n_head", "target_d_ffn"), 0)
-    dense["gate_samples"] = 1
-    configs = (scale.config, "config/paper.py")
+    configs, (choice, _, way) = (scale.config, "config/paper.py"), row.partition(", ")
+    usual = USUAL | scale.settings | {"init_from": scale.source, "reference_model": scale.source}
     if row == "from scratch":
-        fresh = {"init_from": "", "lr": scale.scratch_lr, "warmup": steps // 10, "schedule": "constant"}
-        train(out, seed, *configs, **usual | dense | fresh, **scale.shape)
+        fresh = {"init_from": "", "lr": scale.scratch_lr, "warmup": 70, "schedule": "constant"}
+        train(out, seed, *configs, **usual | DENSE | fresh, **scale.shape)
     elif way == "two stages":
-        gated, first = out.with_name(out.name + "_gated"), 4 * seventh
-        once = {"steps": first, "warmup": first // 10, "sparsity_warmup": first * 3 // 5}
-        train(gated, seed, *configs, **usual | once)
-        second = {"init_from": gated, "steps": steps - first, "warmup": (steps - first) // 33}
-        train(out, seed, *configs, **usual | dense | second)
+        gated = out.with_name(out.name + "_gated")
+        train(gated, seed, *configs, **usual | {"steps": 400, "warmup": 40, "sparsity_warmup": 240})
+        train(out, seed, *configs, **usual | DENSE | {"init_from": gated, "steps": 300, "warmup": 9})
     elif way.startswith("settling"):
-        gated = 2 * seventh if way == "settling" else seventh
+        gated = 200 if way == "settling" else 100
         noise = {"noise_from": gated * 35 // 100, "noise_to": gated * 9 // 10, "sparsity_warmup": gated // 2}
         train(out, seed, *configs, **usual | noise | {"settle_at": gated, "fade": gated})
     else:
         if choice == "learned":
+            run(name, "learned, settling", seed)
             choice = place(name, "learned, settling", seed) / "model" / "pruning.json"
-        train(out, seed, *configs, **usual | {"gates": choice, "fade": 2 * seventh if way == "fading" else 0})
+        train(out, seed, *configs, **usual | {"gates": choice, "fade": 200 if way == "fading" else 0})
 
 
 def main():
@@ -165,23 +158,27 @@ def compare(args: argparse.Namespace) -> None:
     for later in (False, True):
         rows = [row for row in args.rows if (row == LATER) == later]
         each(judge, [(args.scale, row, seed) for seed in range(args.seeds) for row in rows], args.jobs)
+    losses = {row: [judge(args.scale, row, seed) for seed in range(args.seeds)] for row in args.rows}
     of_source = test_losses(scale.source, OUT / f"{args.scale}_source.json", scale.data, scale.sequences)
-    source, file = statistics.fmean(of_source.values()), DOCS / f"{args.scale}.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
-    if abs(before.get("source", 0) - source) > 1e-3:
-        before = {}
-    losses = before.get("losses", {})
-    for row in args.rows:
-        found = [judge(args.scale, row, seed) for seed in range(args.seeds)]
-        losses[row] = max(found, losses.get(row, []), key=len)
-    command = f"python experiments/pruning.py {args.scale} --seeds {args.seeds}"
-    measure = "test loss, nats per token, average over domains; one value per seed"
-    result = {"command": command, "measure": measure} | before | {"source": source, "losses": losses}
+    result = {
+        "command": f"python experiments/pruning.py {shlex.join(sys.argv[1:])}",
+        "measure": "test loss, nats per token, average over domains; one value per seed",
+        "source": statistics.fmean(of_source.values()),
+        "losses": losses,
+    }
+    print(table(result))
+    file = DOCS / f"{args.scale}.json"
+    before = json.loads(file.read_text()) if file.exists() else result
+    if abs(before["source"] - result["source"]) < 1e-3:
+        old = before["losses"]
+        result["losses"] = old | {row: max(new, old.get(row, new), key=len) for row, new in losses.items()}
+    elif sum(map(len, before["losses"].values())) > sum(map(len, losses.values())):
+        return print(f"{file} stays as it is: it has more runs, of another text or source")
     DOCS.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
-    drawn = {row: [place(args.scale, row, seed) for seed in range(args.seeds)] for row in DRAWN}
-    if all((out / "model").exists() for runs in drawn.values() for out in runs):
+    drawn = {row: [out for seed in range(100) if ((out := place(args.scale, row, seed)) / "model").exists()]
+             for row in DRAWN}  # fmt: skip
+    if all(drawn.values()):
         figure(drawn).savefig(DOCS / f"{args.scale}.png")
 
 

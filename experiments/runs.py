@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def call(*command: object) -> None:
 
 
 def train(out: Path, seed: int, *configs: str, **settings) -> None:
-    """One run, unless it is done."""
+    """One run, unless it is done, with whatever settings."""
     if not (out / "model").exists():
         given = [f"--{key}={value}" for key, value in settings.items()]
         call("train.py", *configs, "--threads=1", f"--seed={seed}", f"--out={out}", *given)
@@ -44,16 +44,15 @@ def test_losses(model: str | Path, file: Path, data: str, sequences: int) -> dic
     return {domain: row["loss"] for domain, row in found["domains"].items()}
 
 
-def each(function: Callable, calls: list[tuple], jobs: int) -> list:
-    """The results of some calls, by their arguments, so many at a time. The first failure stops all."""
-    results = []
+def each(function: Callable, calls: list[tuple], jobs: int) -> None:
+    """Some calls, by their arguments, so many at a time. After the first failure none begins."""
     with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(function, *arguments): arguments for arguments in calls}
         try:
-            for arguments, result in zip(calls, pool.map(lambda arguments: function(*arguments), calls)):
-                results.append(result)
-                said = ", ".join(x if isinstance(x, str) else str(getattr(x, "name", x)) for x in arguments)
-                print(f"{function.__name__} {len(results)}/{len(calls)}: {said}", flush=True)
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                said = ", ".join(x if isinstance(x, str) else str(getattr(x, "name", x)) for x in futures[future])
+                print(f"{function.__name__} {done}/{len(futures)}: {said}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return results

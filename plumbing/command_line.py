@@ -121,7 +121,7 @@ def one_line(text: str, length: int = 80) -> str:
 
 class Parser(argparse.ArgumentParser):
     """argparse, with a mistake raised as ValueError, for `user_errors`, and the nearest option named. The description
-    is printed as it is."""
+    is printed as it is, unless a formatter_class says otherwise."""
 
     def __init__(self, description: str, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
         super().__init__(description=description, formatter_class=formatter_class, **options)

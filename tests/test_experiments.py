@@ -169,11 +169,11 @@ def test_differences_are_paired_by_seed():
     even[0] = np.minimum(even[0], sheared[0, :4] - 0.01)
     rows["even"]["average"] = [*even[0, ::-1]]
     line = compare.table({"skewed": rows}).splitlines()[3]
-    p = stats.ttest_rel(even[1], sheared[1, :4]).pvalue
+    both = [(compare.three(a.mean()), stats.ttest_rel(a, 0 * a).pvalue) for a in even - sheared[:, :4]]
     average, worst, difference, seeds = line.strip("| ").split(" | ")[1:]
     assert average == f"**{compare.three(even[0].mean())} ± {compare.three(even[0].std(ddof=1))}**"
     assert worst == f"{compare.three(even[1].mean())} ± {compare.three(even[1].std(ddof=1))}"
-    assert difference == f"{compare.three((even[1] - sheared[1, :4]).mean())} (p {p:.1g})" and seeds == "4"
+    assert difference == " / ".join(f"{mean} (p {p:.1g})" for mean, p in both) and seeds == "4"
 
 
 def alone(name, *args):
@@ -220,6 +220,20 @@ def test_results_of_two_places_are_put_together_by_mixture():
     assert compare.merge(before, found) == merged and compare.merge({}, found) == found
 
 
+def test_after_a_failure_no_run_begins():
+    began = []
+
+    def run(name):
+        began.append(name)
+        time.sleep(0.05)
+        if name == "b":
+            raise ValueError("b failed")
+
+    with pytest.raises(ValueError, match="b failed"):
+        runs.each(run, [(name,) for name in "abcdefgh"], 2)
+    assert began[:2] == ["a", "b"] and len(began) <= 4
+
+
 def test_rows_of_a_pruning_table_have_equal_settings(monkeypatch, tmp_path, capsys):
     """But for what their names say. A row with more seeds stays, if it is of the same source."""
     monkeypatch.chdir(ROOT)
@@ -262,12 +276,16 @@ def test_rows_of_a_pruning_table_have_equal_settings(monkeypatch, tmp_path, caps
     before["losses"] |= {"from scratch": [9.0, 9.5], "random, fading": [7.0, 7.5]}
     file.write_text(json.dumps(before))
     assert call(monkeypatch, pruning.main, *command, "1", *rows) == 0
-    assert json.loads(file.read_text()) == before
+    assert json.loads(file.read_text())["losses"] == before["losses"]
     assert call(monkeypatch, pruning.main, *command, "2", *rows) == 0
     assert json.loads(file.read_text())["losses"] == before["losses"] | {"from scratch": [2.0, 2.0]}
-    file.write_text(json.dumps(before | {"source": 2.1}))
-    assert call(monkeypatch, pruning.main, *command, "1", *rows) == 0
-    assert json.loads(file.read_text())["losses"] == {"from scratch": [2.0]}
+    of_others = json.dumps(before | {"source": 2.1})
+    file.write_text(of_others)
+    assert call(monkeypatch, pruning.main, *command, "2", *rows) == 0
+    assert file.read_text() == of_others and "stays as it is" in capsys.readouterr().out
+    file.write_text(json.dumps(before | {"source": 2.1, "losses": {"from scratch": [9.0]}}))
+    assert call(monkeypatch, pruning.main, *command, "2", *rows) == 0
+    assert json.loads(file.read_text())["losses"] == {"from scratch": [2.0, 2.0]}
     capsys.readouterr()
     assert call(monkeypatch, pruning.main, *command, "0") == 2 and "above 0" in capsys.readouterr().err
 
