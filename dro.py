@@ -156,13 +156,13 @@ class Mixture:
     """The domain weights of a run, updated at each evaluation.
 
     s: the settings of the group "domains" in plumbing/settings.py. initial: first weights and reference ratio (n,),
-    which need not sum to 1. reference: given reference losses. ValueError for shares outside of LIMITS.
+    which need not sum to 1. reference: given reference losses. ValueError for both outside of LIMITS.
     """
 
     def __init__(self, s: "Settings", domains: list[str], initial, reference: list[float] | None = None):
         self.s, self.domains, n = s, domains, len(domains)
         self.initial = np.asarray(initial, np.float64) / np.sum(initial)
-        check(initial=self.initial)
+        check(initial=self.initial, **({} if reference is None else {"reference": np.asarray(reference, np.float64)}))
         self.laws: list[ScalingLaw | FitError | None] = [None] * n  # of the last evaluation
         self.state = {  # all that changes
             "weights": self.initial.tolist(),

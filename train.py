@@ -184,11 +184,11 @@ class Trainer:
                 save_model(directory, model, kept, origin, self.reader, getattr(torch, s.export_dtype))
                 del model
         del whole
-        with user_errors(ValueError):  # weights that are not finite, after the last step or in the dtype of the export
+        # weights that are not finite, after the last step or in the dtype of the export
+        with user_errors(ValueError), parallel.together():
             small = make(read_config(directory), directory, checkpoint_layers=False, compiled=False)
         log.end(validation_losses(s, small, self.reader.data), small.config, z)
         if parallel.is_first():
-            shutil.rmtree(run.path / "model", ignore_errors=True)  # an older one, of fewer steps
             flush(directory)
             directory.rename(run.path / "model")
 
@@ -345,20 +345,18 @@ def main():
     del what  # after a cut, nothing may hold the large model
     first = run.state["step"] if run.state else 0
     try:
-        if trainer.masks and first == s.cut_at < s.steps:  # at once, or in the moment that was saved
-            trainer = cut(trainer, run, log, make, first)
-        if first == 0 or run.changed:
-            log.begin()
-        if first == 0:
-            trainer.evaluate(log, step=0)
-        first = trainer.train(run, log, first)
-        if first < s.steps:
-            trainer = cut(trainer, run, log, make, first)
-            trainer.train(run, log, first)
-        trainer.finish(run, log, make)
-    except SystemExit:  # a checkpoint that is still being written is a good one, however the run ends
-        run.finish_save()
-        raise
+        with run.ending():
+            if trainer.masks and first == s.cut_at < s.steps:  # at once, or in the moment that was saved
+                trainer = cut(trainer, run, log, make, first)
+            if first == 0 or run.changed:
+                log.begin()
+            if first == 0:
+                trainer.evaluate(log, step=0)
+            first = trainer.train(run, log, first)
+            if first < s.steps:
+                trainer = cut(trainer, run, log, make, first)
+                trainer.train(run, log, first)
+            trainer.finish(run, log, make)
     except BrokenPipeError:  # nobody reads what is printed: for `command`
         raise
     except OSError as error:

@@ -41,6 +41,8 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device = {name!r} is not one of auto, cpu, cuda, cuda:0, cuda:1 and so on")
     if gpu and int(gpu[1] or 0) >= torch.cuda.device_count():
         raise ValueError(f"device = {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices")
+    if gpu and "LOCAL_RANK" in os.environ:  # the first GPU would have the context of every process in its memory
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=name).device
     except RuntimeError as error:  # the driver's

@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,7 @@ class Run:
         partial = self.path / "config.json.partial"
         partial.write_text(json.dumps(self.settings, indent=2) + "\n")
         os.replace(partial, self.path / "config.json")
+        shutil.rmtree(self.path / "model", ignore_errors=True)  # of fewer steps; its checkpoint can make it again
         # what a dead run logged after its last checkpoint will be logged again
         length = self.state["metrics_bytes"] if self.state else 0
         if self.origin != self.path:
@@ -347,6 +349,18 @@ class Run:
             partial.rename(final)
             for old in checkpoints(final.parent.parent)[:-keep]:
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """A checkpoint that is still being written is a good one, however the run ends. What ends it is what is raised.
+        After other errors than SystemExit only this process may have ended: then there is nobody to wait for."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, SystemExit) or parallel.size() == 1:
+                with suppress(Exception):
+                    self.finish_save()
+            raise
 
     def load(self, tree: nn.Module, optimizer) -> None:
         """Load weights and optimizer state from the checkpoint that this run goes on from, in place."""

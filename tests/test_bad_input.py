@@ -255,6 +255,7 @@ TABLE = [
     ("a domain twice", "train --domains=['sums','sums']", None, "each once"),
     ("domains in a list", "train --domains=[['sums']]", None, "no domain"),
     ("references of both kinds", "train --reference_losses={'a':1} --reference_model=x", None, "are both set"),
+    ("a huge loss", "train --schedule=dro --reference_losses={'animals':1e99,'brackets':1,'sums':1}", None, "1e+50"),
     ("a rule without references", "train --schedule=sheared", None, "needs references"),
     ("a batch that does not divide", "train --gate_samples=3", None, "must be a multiple of gate_samples"),
     ("no gate sample", "train --gate_samples=0", None, "gate_samples = 0 must be"),

@@ -1,6 +1,7 @@
 """What survives: full disks, saves in the background, a start from somebody else's checkpoint."""
 
 import ast
+import errno
 import json
 import re
 import resource
@@ -372,15 +373,30 @@ def test_a_mixture_that_is_to_stay_does_so_at_once(chain, tmp_path, monkeypatch)
 
 
 def test_a_run_that_was_given_more_steps_is_not_finished(chain, tmp_path, monkeypatch):
-    """Its model/ is of fewer steps, and nothing takes it for the run's."""
+    """The model of fewer steps is gone at once, so that nothing takes it for the run's: not after a stop, nor where the
+    new one cannot be written."""
     out, args = chain
     again = shutil.copytree(out["continue"], tmp_path / "again")
     mine = [f"--out={again}" if a.startswith("--out=") else a for a in args["continue"]]
+    older = load_model(again).lm_head.weight
     assert run(monkeypatch, *mine, "--steps=50", "--stop_at=45") == 0
     with pytest.raises(ValueError, match="this run is not finished"):
         directory_of(str(again))
     ours, theirs = (load_model(path).lm_head.weight for path in (again, again / "checkpoints" / "step_000045"))
-    assert torch.equal(ours, theirs) and not torch.equal(ours, load_model(again / "model").lm_head.weight)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, older) and not (again / "model").exists()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    save_model = train.save_model
+    monkeypatch.setattr(train, "save_model", full)
+    assert "No space left" in run(monkeypatch, *mine, "--steps=50")
+    monkeypatch.setattr(train, "save_model", save_model)
+    with pytest.raises(ValueError, match="this run is not finished"):
+        directory_of(str(again))
+    assert run(monkeypatch, *mine, "--steps=50") == 0
+    last = load_model(again / "checkpoints" / "step_000050").lm_head.weight
+    assert torch.equal(load_model(again).lm_head.weight, last) and not torch.equal(last, ours)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -414,8 +430,10 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(in_background, tmp_path)
         )
 
 
-def test_a_run_that_gives_up_keeps_the_checkpoint_it_is_writing(tiny_data, tmp_path, monkeypatch):
-    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=20", "--log_interval=4"]
+@pytest.mark.parametrize("end", ["not finite", "out of memory", "not finite, and a full disk"])
+def test_a_run_that_gives_up_keeps_the_checkpoint_it_is_writing(end, tiny_data, tmp_path, monkeypatch):
+    """If that cannot be written, either, the run says why it gave up, and not this."""
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=20", "--log_interval=1"]
     save_it, whole = Run.save, train.Llama.forward
     monkeypatch.setattr(Run, "save", lambda *a, **k: save_it(*a, **{**k, "in_background": True}))
     calls = []
@@ -423,11 +441,22 @@ def test_a_run_that_gives_up_keeps_the_checkpoint_it_is_writing(tiny_data, tmp_p
     def poisoned(self, tokens, z=None, targets=None, cache=None):
         calls.append(torch.is_grad_enabled())
         loss = whole(self, tokens, z, targets, cache)
-        return loss * torch.nan if calls[-1] and sum(calls) > 10 else loss
+        if not calls[-1] or sum(calls) <= 10:
+            return loss
+        if end == "out of memory":
+            raise torch.OutOfMemoryError(end)
+        if "full" in end:
+            monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        return loss * torch.nan
 
     monkeypatch.setattr(train.Llama, "forward", poisoned)
-    assert "step 10" in run(monkeypatch, *args)
-    assert [p.name for p in (tmp_path / "x" / "checkpoints").iterdir()] == ["step_000010"]
+    if end == "out of memory":
+        with pytest.raises(torch.OutOfMemoryError):
+            run(monkeypatch, *args)
+    else:
+        said = run(monkeypatch, *args)
+        assert "step 10" in said and "not finite" in said
+    assert "full" in end or [p.name for p in (tmp_path / "x" / "checkpoints").iterdir()] == ["step_000010"]
 
 
 def test_what_is_half_written_is_never_read(chain, tmp_path, monkeypatch, capsys):

@@ -99,8 +99,8 @@ def test_the_comparison_in_the_readme_is_what_was_measured():
     for first, schedule in (
         ("`constant`", "constant"),
         ("`sheared`", "sheared"),
-        ("`dro`, `config/paper.py`", "paper"),
-        ("`dro`, the defaults", "even"),
+        ("`paper`", "paper"),
+        ("`even`", "even"),
     ):
         (row,) = re.findall(rf"^\| {first}.*$", TEXT["README.md"], re.M)
         shown = [float(x.replace("−", "-")) for x in re.findall(r"−?(?<!\d)\.\d{3}", row)]

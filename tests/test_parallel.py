@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +197,18 @@ def test_too_few_gpus_are_known_to_all_processes(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="1 GPUs here, fewer than --nproc_per_node"):
         parallel.start(torch.device("cuda"))
+
+
+def test_a_process_looks_at_its_own_gpu_alone(monkeypatch):
+    """The first one would have the context of every process in its memory."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "empty", lambda size, device: SimpleNamespace(device=asked.append(device)))
+    parallel.find_device("auto")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    parallel.find_device("auto")
+    assert asked == ["cuda", "cuda:3"]
 
 
 # -- shards ---------------------------------------------------------------------------------------------------------
