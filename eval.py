@@ -1,7 +1,7 @@
 """How good and how fast are these models? The loss of each domain on text they never saw, and the speed of inference.
 
     python eval.py out/toy_pretrain out/toy_prune out/toy_continue --data data/demo
-    python eval.py out/toy_prune/checkpoints/step_000100 --data data/demo --json eval.json
+    python eval.py out/toy_prune/checkpoints/step_000200 --data data/demo --json eval.json
     python eval.py out/toy_continue --data data/demo --sample "def main("
     python eval.py out/toy_prune out/toy_continue --data data/demo --continuation     # plumbing/continuation.py
 

@@ -13,7 +13,7 @@ says what the schedules are. Settings in the place of one stand on those of `dro
 Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` and `own, pruning too` start
 from the source instead, and prune under each schedule. Degradation is the loss above that of the source. Some models
 are asked the two-choice questions of plumbing/continuation.py, too. Two runs go side by side, on one thread each.
-Results and the figure go to docs/compare/ (with --data: to out/compare/).
+Results and the figure go to docs/compare/ (with --data: to out/compare/NAME).
 """
 
 import itertools

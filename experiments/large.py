@@ -66,7 +66,7 @@ def table(found: dict[str, dict]) -> str:
         for gpu in PEAKS:
             hours = r["gpu_hours"][gpu]
             speed = r["tokens"] / (hours / r["gpus"]) / 3600
-            line += [f"{speed:,.0f}", f"{hours:,.0f}", f"${r['dollars'][gpu]:,.0f}"]
+            line += [f"{speed:,.0f}", f"{hours:,.1f}", f"${r['dollars'][gpu]:,.2f}"]
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -8,7 +8,8 @@
     out/RUN/model/                 the finished model in Hugging Face's format, and what is known of it (models.py)
 
 A checkpoint and the model are written beside their place and renamed when they are whole, so whatever bears its name
-is whole. The first process writes and the others read: on several machines, `out` is on a file system that they share.
+is whole. The first process writes all but the tensors of a checkpoint, of which each process writes its rows. On
+several machines, `out` is on a file system that they share.
 """
 
 import fcntl

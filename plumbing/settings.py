@@ -84,18 +84,21 @@ class Settings:
         "same run trains it on",
     ] = 0
     gate_samples: Annotated[
-        int, POSITIVE, "number of times that the gates are drawn in a step, each time for an equal part of the batch"
+        int, POSITIVE, "learned: times that the gates are drawn in a step, each time for an equal part of the batch"
     ] = 1
-    sparsity_warmup: Annotated[int, NOT_NEGATIVE, "steps in which the target sparsity rises from 0"] = 640
-    gate_lr: Annotated[float, NOT_NEGATIVE, "peak learning rate of log_alpha"] = 1.0
-    multiplier_lr: Annotated[float, NOT_NEGATIVE, "peak learning rate of lambda and phi"] = 1.0
-    log_alpha: Annotated[float, Limits(-100, 100), "initial log_alpha of every gate, clamped to ±4.605"] = math.log(100)
-    phi: Annotated[float, NOT_NEGATIVE, "initial phi of every granularity"] = 0.0
+    sparsity_warmup: Annotated[int, NOT_NEGATIVE, "learned: steps in which the target sparsity rises from 0"] = 640
+    gate_lr: Annotated[float, NOT_NEGATIVE, "learned: peak learning rate of log_alpha"] = 1.0
+    multiplier_lr: Annotated[float, NOT_NEGATIVE, "learned: peak learning rate of lambda and phi"] = 1.0
+    log_alpha: Annotated[float, Limits(-100, 100), "learned: initial log_alpha, within ±4.605"] = math.log(100)
+    phi: Annotated[float, NOT_NEGATIVE, "learned: initial phi of every granularity"] = 0.0
 
     steps: Annotated[int, Group("optimization"), POSITIVE, "optimizer steps"] = 1000
     batch_size: Annotated[int, POSITIVE, "sequences in a step, over all processes"] = 8
     micro_batch: Annotated[
-        int, Free, NOT_NEGATIVE, "sequences that a process computes at once; 0 means as many as it can"
+        int,
+        Free,
+        NOT_NEGATIVE,
+        "sequences that a process computes at once; 0 means all of them, or all that share a gate sample",
     ] = 0
     seq_len: Annotated[int, POSITIVE, "tokens in a sequence"] = 256
     lr: Annotated[float, NOT_NEGATIVE, "peak learning rate of the weights; all rates share one warm-up and cosine"] = (
@@ -151,9 +154,9 @@ class Settings:
     bound: Annotated[
         float,
         Limits(1, 1e12),
-        "each share of the reference ratio is kept within 1/bound and bound times its initial value; then they "
-        "are made to sum to 1, which may move one further; 2 in the paper. Before that, no share goes beyond the "
-        "smallest and the largest of the initial ones",
+        "each share of the reference ratio is kept within 1/bound and bound times its initial value, then within "
+        "the smallest and the largest initial share. After each of the two, all are made to sum to 1, which may "
+        "move one a little beyond. 2 in the paper",
     ] = 16.0
     step_size: Annotated[float, Limits(0, 1e12), "step size of the sheared schedule"] = 1.0
     clip_excess: Annotated[
@@ -163,7 +166,10 @@ class Settings:
     eval_sequences: Annotated[int, POSITIVE, "validation sequences of each domain"] = 16
 
     seed: Annotated[
-        int, Group("machine"), Limits(0, records.MAX_INT), "seed of initial weights, gates and data order"
+        int,
+        Group("machine"),
+        Limits(0, records.MAX_INT),
+        "seed of initial weights, gates and data order (a run keeps the order of the run it starts from)",
     ] = 0
     device: Annotated[str, Free, "cpu, cuda, cuda:1, ...; auto means cuda if there is one"] = "auto"
     dtype: Annotated[
