@@ -270,7 +270,8 @@ class Run:
 
     def open(self) -> None:
         """Make the directory and open the logs: everything was found to be right. From now on SIGTERM and Ctrl-C do not
-        end the process: `interrupted` tells of them. OSError where nothing can be written."""
+        end the process: `interrupted` tells of them. OSError where nothing can be written, ValueError where another
+        process has been at work since this one looked."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: self.signals.append(number))
         if parallel.size() > 1:
@@ -282,6 +283,8 @@ class Run:
     def _begin_to_write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
+        if newest_checkpoint(self.path) not in (None, self.checkpoint):
+            raise ValueError(f"{self.path}: another process has written checkpoints there meanwhile")
         self.timings = open(self.path / "timings.jsonl", "ab")
         partial = self.path / "config.json.partial"
         partial.write_text(json.dumps(self.settings, indent=2) + "\n")

@@ -430,6 +430,18 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(in_background, tmp_path)
         )
 
 
+def test_a_run_that_another_process_has_begun_meanwhile_is_left_alone(tmp_path):
+    slow, quick = (Run(str(tmp_path / "x"), {"a": 1}, set()) for _ in range(2))
+    quick.open()
+    quick.log(step=1)
+    quick.save(1, torch.nn.Linear(2, 2), torch.optim.AdamW([torch.zeros(1)]), {}, keep=2)
+    quick.metrics.close()
+    before = {p: p.read_bytes() for p in (tmp_path / "x").rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="another process has written checkpoints there"):
+        slow.open()
+    assert before == {p: p.read_bytes() for p in (tmp_path / "x").rglob("*") if p.is_file()}
+
+
 @pytest.mark.parametrize("end", ["not finite", "out of memory", "not finite, and a full disk"])
 def test_a_run_that_gives_up_keeps_the_checkpoint_it_is_writing(end, tiny_data, tmp_path, monkeypatch):
     """If that cannot be written, either, the run says why it gave up, and not this."""
