@@ -18,6 +18,7 @@ The seven colours are from the palette of Okabe and Ito, which colour-blind read
 """
 
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -112,7 +113,12 @@ def heading(fig, run: Metrics, text: str):
     """The title of a figure: of which run it is, what is to be seen, and how far the run is."""
     last = max(r["step"] for r in [*run.train, *run.evals])
     so_far = "" if run.end else f" (step {last:,} of {run.info['steps']:,})"
-    fig.suptitle(f"{shorten(run.name, 32)}: {text}{so_far}", x=0.012, ha="left")
+    title(fig, f"{shorten(run.name, 32)}: {text}{so_far}")
+
+
+def title(fig, text: str):
+    """A title that is no wider than the figure."""
+    fig.suptitle(textwrap.fill(text, 92), x=0.012, ha="left")
 
 
 def shorten(text: str, length: int) -> str:
@@ -378,7 +384,7 @@ def gates_figure(run: Metrics) -> Figure | None:
     fig.colorbar(image, ax=list(axes.values()), shrink=0.8, aspect=30, pad=0.02, label="gate z")
     text = f"gates at step {logged[-1]['step']:,} (white: removed)"
     if removed.any():
-        text = f"layers {', '.join(map(str, np.flatnonzero(removed)))} are removed (white), and what is grey with them"
+        text = f"layers {', '.join(map(str, np.flatnonzero(removed)))} are removed (white), and with them what is grey"
     heading(fig, run, text)
     return fig
 
@@ -420,7 +426,7 @@ def comparison_figure(runs: list[Metrics]) -> Figure:
 
     best = {kind: names[np.argmin(reduce(finals, axis=1))] for kind, (reduce, *_) in kinds.items()}
     text = "; ".join(f"lowest {kind}: {shorten(name, 24)}" for kind, name in best.items())
-    fig.suptitle(f"{text} (domains in common: {len(domains)})", x=0.012, ha="left")
+    title(fig, f"{text} (domains in common: {len(domains)})")
     entries = [entry(f"{shorten(name, 44)} ({run.info['stage']})", **look[name]) for run, name in zip(runs, names)]
     entries += [entry(kind, ls=ls, lw=lw) for kind, (_, ls, lw) in kinds.items()]
     legend(fig, [*entries, entry("end of the run", ls="", marker="*", ms=14)])

@@ -260,7 +260,7 @@ def test_loss_prediction_and_truth(tmp_path, stage):
     last = evals(lines)[-1]
     excess = {d: last["loss"][d] - last["reference"][d] for d in TOY}
     worst = max(excess, key=excess.get)
-    assert fig.get_suptitle().endswith(
+    assert " ".join(fig.get_suptitle().split()).endswith(
         f"{worst} has the largest excess over its reference loss, {excess[worst]:+.3f} nats/token"
     )
 
@@ -301,6 +301,14 @@ def test_names_in_any_script_and_with_an_underscore(tmp_path):
     assert labels[:2] == ["_private (continue)", "中文 (continue)"]
     loss = plot.loss_figure(runs[0])
     assert [ax.get_title("left") for ax in loss.axes] == names
+
+
+def test_a_long_title_stays_in_the_figure(tmp_path):
+    run = plot.read_metrics(write(tmp_path / "a_run_with_a_rather_long_name_of_its_own", records()))
+    for figure in (plot.weights_figure, plot.loss_figure):
+        fig = figure(run)
+        fig.draw_without_rendering()
+        assert fig._suptitle.get_window_extent().x1 < fig.bbox.x1
 
 
 def test_loss_of_a_pruned_run_without_gates(tmp_path):  # structures that were chosen before the run started
