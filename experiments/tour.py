@@ -380,7 +380,7 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
         panels[title] = rows, [color for key, (_, color) in names.items() if key in part]
     for scale, title, color in (
         ("toy", "toy", BLUE),
-        ("smollm2_short", "SmolLM2-135M, .2M tokens", PINK),
+        ("smollm2_short", "SmolLM2-135M, .7M tokens", PINK),
         ("smollm2", "SmolLM2-135M, 1.4M tokens", PINK),
     ):
         result = json.loads((docs / f"pruning/{scale}.json").read_text())
