@@ -162,7 +162,9 @@ class Mixture:
     def __init__(self, s: "Settings", domains: list[str], initial, reference: list[float] | None = None):
         self.s, self.domains, n = s, domains, len(domains)
         self.initial = np.asarray(initial, np.float64) / np.sum(initial)
-        check(initial=self.initial, **({} if reference is None else {"reference": np.asarray(reference, np.float64)}))
+        check(initial=self.initial)
+        if reference is not None:
+            check(reference=np.asarray(reference, np.float64))
         self.laws: list[ScalingLaw | FitError | None] = [None] * n  # of the last evaluation
         self.state = {  # all that changes
             "weights": self.initial.tolist(),
