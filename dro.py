@@ -30,14 +30,20 @@ COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run a
 MORE_POINTS_THAN = 10  # points: the scaling law is asked only when there are more (section 3.2)
 RHO_MIN = 1e-20  # a robust set smaller than this is the reference ratio itself
 HUGE = 1e50  # losses beyond it, and shares below 1 / HUGE, are no measurements, and their squares would overflow
+LOSS, SHARE = (-HUGE, HUGE), (1 / HUGE, HUGE)
 LIMITS = {  # the smallest and the largest value that an argument, or a number in it, may have
-    **dict.fromkeys(("losses", "reference"), (-HUGE, HUGE)),
-    **dict.fromkeys(("ratio", "initial", "weights"), (1 / HUGE, HUGE)),
+    "losses": LOSS,
+    "reference": LOSS,
+    "ratio": SHARE,
+    "initial": SHARE,
+    "weights": SHARE,
     "q": (0, HUGE),
-    **dict.fromkeys(("rho", "temperature"), (0, np.inf)),
+    "rho": (0, np.inf),
+    "temperature": (0, np.inf),
     "floor": (0, 0.999),
     "step_size": (0, HUGE),
-    **dict.fromkeys(("smoothing", "delta"), (0, 1)),
+    "smoothing": (0, 1),
+    "delta": (0, 1),
     "bound": (1, HUGE),
 }
 
@@ -52,12 +58,12 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
 
     Equal excesses l - r give the ratio itself. If no mixture is as far from the ratio as rho, the result is the extreme
     point: everything, but for the floor, on the largest excess. The floor keeps every domain in the training: one that
-    would get less is lifted to `floor` times its share of the ratio, and then the weights are made to sum to 1. Only at
-    0 is it the exact argmax.
+    would get less is lifted to `floor` times its share of the ratio, and then the weights are made to sum to 1.
 
-    That argmax knows no scale: it goes as far for a difference of .001 nats as for one of 1. With a temperature, in
+    The argmax knows no scale: it goes as far for a difference of .001 nats as for one of 1. With a temperature, in
     nats, it is the argmax of Σ q_i (l_i - r_i) - temperature · chi2(q, p) within the same set: a domain's q_i / p_i
-    rises by at most 1 for every `temperature` nats of its excess. At 0 it is the paper's argmax.
+    rises by at most 1 for every `temperature` nats of its excess. With floor and temperature 0 it is always the paper's
+    argmax; else it is where neither of them acts.
 
     Arrays of one value per domain; the ratio need not add up to 1. ValueError outside of LIMITS.
     """
@@ -68,7 +74,7 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
     size = max(1.0, np.abs(losses).max(), np.abs(reference).max())
     if gap <= 1e-6 * size or rho < RHO_MIN:  # float32's rounding must not become weights
         return p
-    # neither an offset nor a scale changes the argmax; near 0, where the worst are now, floats are densest
+    # neither an offset nor a scale changes the argmax: from here on the worst excess is 0, the least one -1
     path = worst_mixtures((excess - excess.max()) / gap, p, floor, min(temperature, HUGE * gap) / gap)
     inside = chi2(path, p) < rho
     if inside.all():
@@ -90,7 +96,8 @@ def worst_mixtures(excess, p, floor: float, temperature: float) -> np.ndarray:
     """
     worst_first = np.argsort(-excess)
     share, total = np.cumsum(p[worst_first]), np.cumsum((p * excess)[worst_first])  # of the k worst, for each k
-    # Z is the largest of total - share · eta: so these are the eta where a domain has its floor, and Z the temperature
+    # Z >= total - share · eta for every k, with equality for one. So the least eta over k is the one where a domain has
+    # its floor, excess - eta = floor · Z, and the largest is the one where Z is the temperature.
     at_floor = np.min((excess[:, None] - floor * total) / (1 - floor * share), axis=1)
     at_temperature = np.max((total - temperature) / share)
     last = min(np.max(excess[excess < 0]), at_temperature)
@@ -118,8 +125,9 @@ def sheared_weights(weights, losses, reference, step_size: float = 1.0, smoothin
 def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> np.ndarray:
     """Move the reference ratio towards the weights, p <- delta · q + (1 - delta) · p (section 3.3), within bounds.
 
-    Each share is clipped to [1/bound, bound] times its initial value, then, renormalised, to the initial smallest and
-    largest; the last renormalisation may move it beyond. So equal initial shares stay where they are.
+    Each share is clipped to [1/bound, bound] times its initial value. Then all are made to sum to 1, clipped to the
+    initial smallest and largest share, and made to sum to 1 again. Each sum may take a share beyond the clip before it.
+    Equal initial shares stay where they are.
     ValueError outside of LIMITS.
     """
     ratio, q, initial = (np.asarray(x, np.float64) for x in (ratio, q, initial))
@@ -149,7 +157,7 @@ class Point(NamedTuple):
 
     tokens: np.ndarray  # (n,) training tokens of each domain seen: T
     params: float  # parameters left in the model: P
-    rate: float = 1.0  # learning rate, as a share of its peak
+    rate: float  # learning rate, as a share of its peak
 
 
 class Mixture:
@@ -208,8 +216,8 @@ class Mixture:
         history = self.state["history"]
         tokens, losses, params, rates = (np.array(history[key]) for key in ("tokens", "losses", "params", "rates"))
         if self.s.law == "paper":  # eq. 4, for each domain alone
-            alone = zip(tokens.T, losses.T, end.tokens)
-            return [fit_together(t[:, None], loss[:, None], params, None, [at_end])[0] for t, loss, at_end in alone]
+            alone = [[i] for i in range(len(self.domains))]
+            return [fit_together(tokens[:, i], losses[:, i], params, tokens_end=end.tokens[i])[0] for i in alone]
         return fit_together(tokens, losses, params, rates, end.tokens)
 
     def predictions(self, point: Point) -> list[float | None]:
@@ -221,7 +229,8 @@ class Mixture:
 
     def _refer(self, end: Point) -> None:
         """Section 3.2: the first prediction of a domain replaces the reference that was given. From then on it is the
-        lowest of the prediction and the losses seen, and under the paper's law also of all earlier predictions."""
+        lowest of the prediction and the losses seen. An earlier prediction counts under the paper's law, and where
+        there is no newer one."""
         reference, origin = self.state["reference"], self.state["reference_is"]
         seen = np.min(self.state["history"]["losses"], axis=0).tolist()
         for i, prediction in enumerate(self.predictions(end)):
@@ -230,7 +239,7 @@ class Mixture:
             candidates = [(seen[i], "seen")]
             if prediction is not None:
                 candidates.append((prediction, "predicted"))
-            if origin[i] in ("predicted", "seen") and (self.s.law == "paper" or prediction is None):
+            if origin[i] == "predicted" and (self.s.law == "paper" or prediction is None):
                 candidates.append((reference[i], origin[i]))
             reference[i], origin[i] = min(candidates)
 

@@ -24,6 +24,7 @@ out: the small dense Llama computes exactly what the source does with its determ
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +55,9 @@ def survivors(scores: Tensor, keep: int | Tensor) -> Tensor:
     same one. Ordered by index, a model whose scores are all equal would lose the same heads in every layer.
     """
     lot = send(torch.from_numpy(randomness.generator(0, randomness.TIES).random(scores.shape)), scores.device)
-    by_lot = lot.argsort(dim=-1)
-    order = by_lot.gather(-1, scores.gather(-1, by_lot).argsort(dim=-1, stable=True))  # from the lowest score
-    rank = order.argsort(dim=-1)  # the place of each score in that order, 0 for the lowest
-    return rank >= scores.shape[-1] - keep
+    shuffled = lot.argsort(dim=-1)
+    rank = scores.gather(-1, shuffled).argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 for the lowest score
+    return torch.empty_like(rank, dtype=torch.bool).scatter_(-1, shuffled, rank >= scores.shape[-1] - keep)
 
 
 class HardConcrete(nn.Module):
@@ -85,15 +85,17 @@ class HardConcrete(nn.Module):
         """Gates without noise. In each row `keep` gates survive; without `keep`, as many as are expected to now."""
         z = torch.sigmoid(0.8 * self.log_alpha / BETA)  # 0.8 and no stretch, as in Sheared LLaMA's code
         if keep is None:  # each row has its own number: on the way to the target, layers differ
-            size = z.shape[-1]
+            size = z.shape[-1]  # the number of zeros is rounded, as in Sheared LLaMA's code: a half goes the other way
             keep = size - (size - self.prob_nonzero().sum(-1, keepdim=True)).round()
         return z * survivors(self.log_alpha, keep)
 
     @torch.no_grad()
-    def settling(self, share: float) -> Tensor:
-        """Gates on their way from what they are without noise (share 0) to what is kept at the target: 0 or 1 (share
-        1)."""
-        now = self.sample(torch.full_like(self.log_alpha, 0.5))
+    def fading(self, share: float) -> Tensor:
+        """Gates on a straight line from what training sees without noise (share 0) to 0 or 1 at the target (share 1).
+
+        At share 0 these are the gates of `sample` with noise 0. Those of `deterministic` have another formula.
+        """
+        now = self.sample(torch.full_like(self.log_alpha, 0.5), noise=0.0)
         return now.lerp(survivors(self.log_alpha, self.keep).to(now.dtype), share)
 
 
@@ -117,7 +119,7 @@ class PruningMasks(nn.Module):
         sparsity_warmup: int,
         log_alpha: float = LOG_ALPHA_MAX,
         phi: float = 0.0,
-        noise_from: float = math.inf,
+        noise_from: float = 0,
         noise_to: float = math.inf,
         settle_at: float = math.inf,
         fade: int = 0,
@@ -127,10 +129,12 @@ class PruningMasks(nn.Module):
         self.source, self.target, self.sparsity_warmup = source, target, sparsity_warmup
         self.noise_from, self.noise_to, self.settle_at, self.fade = noise_from, noise_to, settle_at, fade
         self.multipliers = nn.ModuleDict()
-        for (granularity, shape), (*_, keep) in zip(gate_shapes(source).items(), gate_shapes(target).values()):
-            setattr(self, granularity, HardConcrete(shape, keep, log_alpha) if keep < shape[-1] else None)
+        for granularity, shape in gate_shapes(source).items():
+            keep, distribution = gate_shapes(target)[granularity][-1], None
             if keep < shape[-1]:
+                distribution = HardConcrete(shape, keep, log_alpha)
                 self.multipliers[granularity] = nn.ParameterList([torch.tensor(0.0), torch.tensor(float(phi))])
+            setattr(self, granularity, distribution)
 
     def distributions(self) -> dict[str, HardConcrete]:
         """granularity -> its HardConcrete, for those that are pruned."""
@@ -161,15 +165,18 @@ class PruningMasks(nn.Module):
     def settling(self, step: int) -> Gates:
         """The gates after `step` steps, once the choice is fixed: within `fade` steps they go to 0 or 1."""
         share = share_of(step, self.settle_at, self.settle_at + self.fade)
-        return self.each(lambda distribution: distribution.settling(share))
+        return self.each(lambda distribution: distribution.fading(share))
 
     def deterministic(self, at_target: bool = True) -> Gates:
         """Gates without noise: exactly the target shape, or (at_target=False) as many survivors as are expected now."""
         return self.each(lambda distribution: distribution.deterministic(distribution.keep if at_target else None))
 
     def evaluated(self, step: int) -> Gates | None:
-        """The gates that an evaluation after `step` steps measures with. None is the source as it is. Until the choice
-        is fixed, the target shape would cut off what is still in use, and its losses would say nothing."""
+        """The gates that an evaluation after `step` steps measures with. None is the source as it is.
+
+        Until the choice is fixed, the target shape would cut off what is still in use: its losses would say nothing.
+        From then on, an evaluation measures the gates that are trained (see `HardConcrete.fading`).
+        """
         if step >= self.settle_at:
             return self.settling(step)
         return self.deterministic(at_target=False) if step > 0 else None
@@ -223,8 +230,7 @@ class PruningMasks(nn.Module):
         d, groups = survivors_of(left.hidden, s.d_model), survivors_of(left.head, s.n_kv_head)
         ffn = survivors_of(left.ffn, s.d_ffn)
         layer = torch.ones(s.n_layer) if left.layer is None else left.layer.cpu()  # (L,)
-        embeddings = s.vocab_size * (1 if s.tie_embeddings else 2) * d
-        return float((layer * (s.attention_params(d, groups) + d * (3 * ffn + 2))).sum() + embeddings + d)
+        return float((layer * s.layer_params(d, groups, ffn)).sum() + s.embedding_params(d) + d)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -241,7 +247,8 @@ def share_of(step: float, start: float, end: float) -> float:
 
 
 def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
-    """ValueError unless `target` can be cut out of `source`: not larger, same head_dim, same query heads per KV head.
+    """ValueError unless `target` can be cut out of `source`: not larger, same head_dim, same query heads per KV head,
+    and the same in all but its shape.
 
     target.d_model need not be a multiple of target.n_head, since head_dim stays. Only transformers wants it to be, so
     train.py checks that.
@@ -255,6 +262,8 @@ def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
             f"target head_dim = {target.head_dim}, n_head = {target.n_head}, n_kv_head = {target.n_kv_head}: KV groups "
             f"go whole, {group} query heads of {source.head_dim} dimensions for each KV head, as in the source"
         )
+    if replace(target, **source.shape) != source:
+        raise ValueError("source and target must differ in their shapes only")
 
 
 # -- extraction -----------------------------------------------------------------------------------------------------
@@ -269,7 +278,8 @@ def extract(model: Llama, masks: PruningMasks) -> Llama:
     """
     config, z, kept = masks.source, masks.deterministic(), kept_indices(masks)
     hidden = kept["hidden"]
-    # the embedding's outputs are its columns; where it is tied it is the lm_head, too, which then has the norm's gate
+    # The gate scales the embedding's columns. A tied lm_head reads the same columns, and their gate stands in for that
+    # of the last norm, whose weight then has none.
     weights = {"embed_tokens.weight": scale_rows(model.embed_tokens.weight.T, z.hidden)[hidden].T}
     if masks.target.tie_embeddings:
         weights["norm.weight"] = model.norm.weight[hidden]
@@ -280,7 +290,8 @@ def extract(model: Llama, masks: PruningMasks) -> Llama:
     for new, old in enumerate(kept["layer"].tolist()):
         layer, gates = model.layers[old], z.at(old)
         ffn, one_head = kept["ffn"][old], torch.arange(config.head_dim)
-        q, kv = (rows_of_groups(kept["head"][old], n * config.head_dim) for n in (config.n_head // config.n_kv_head, 1))
+        groups, one_group = kept["head"][old], config.n_head // config.n_kv_head * config.head_dim
+        q, kv = rows_of_groups(groups, one_group), rows_of_groups(groups, config.head_dim)
         z_v = None if gates.head is None else gates.head.repeat_interleave(config.head_dim)
         rules = {  # gate on the rows, rows that are kept, columns that are kept
             "self_attn.q_proj": (None, q, hidden),

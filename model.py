@@ -76,13 +76,20 @@ class LlamaConfig:
 
     def n_params(self) -> int:
         """Number of parameters, tied embeddings counted once."""
-        layer = self.attention_params(self.d_model, self.n_kv_head) + self.d_model * (3 * self.d_ffn + 2)
-        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-        return self.n_layer * layer + embeddings + self.d_model
+        layers = self.n_layer * self.layer_params(self.d_model, self.n_kv_head, self.d_ffn)
+        return layers + self.embedding_params(self.d_model) + self.d_model
+
+    def embedding_params(self, d):
+        """Parameters of the embedding and of lm_head where d hidden dimensions are left."""
+        return self.vocab_size * (1 if self.tie_embeddings else 2) * d
+
+    def layer_params(self, d, groups, ffn):
+        """Parameters of one layer where d hidden dimensions, so many KV groups and so many feed-forward dimensions are
+        left: numbers, or tensors of a number per layer."""
+        return self.attention_params(d, groups) + d * (3 * ffn + 2)
 
     def attention_params(self, d, groups):
-        """Parameters of one layer's attention where d hidden dimensions and so many KV groups are left: numbers, or
-        tensors of a number per layer."""
+        """Those of its attention."""
         q_and_k = groups * (self.n_head // self.n_kv_head + 1) * self.head_dim
         biases = q_and_k + groups * self.head_dim if self.qkv_bias else 0
         return 2 * d * q_and_k + biases + (2 * self.head_dim if self.qk_norm else 0)

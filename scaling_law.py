@@ -1,7 +1,7 @@
 """Where will each domain's loss end? A scaling law, fitted to the losses seen so far.
 
-    loss(P, T)      = A · P^-alpha · T^-beta + E              eq. 4 (paper, section 3.2): `fit`, each domain alone
-    loss(P, T, R) = A · P^-alpha · T^-beta + B · R + E        with the learning rate: `fit_together`, all domains
+    loss(P, T)    = A · P^-alpha · T^-beta + E              eq. 4 (paper, section 3.2), each domain alone
+    loss(P, T, R) = A · P^-alpha · T^-beta + B · R + E      with the learning rate, all domains together
 
     symbol  variable  meaning
     P       params    parameters left in the model (shrinks while pruning, constant afterwards)
@@ -19,7 +19,7 @@ T is divided by its largest value and P by its last one before fitting: all numb
 is well conditioned, which it is not on raw token counts. The fit is one robust least-squares problem in all parameters
 at once, by scipy's solver: `residuals` states it, `jacobian` is its derivative.
 
-    law = fit(tokens, losses)
+    law = fit(tokens, losses)  # of one domain; `fit_together` is what a run uses
     law.predict(tokens_at_the_end)
 """
 
@@ -75,12 +75,10 @@ def fit(tokens, losses, params=None) -> ScalingLaw:
     Without `params`, or where they are all the same, alpha cannot be known: it is 0 and A absorbs P^-alpha.
     Raises FitError for too few points, values that are not finite or positive, and losses that do not fall.
     """
-    tokens, losses = np.asarray(tokens, np.float64), np.asarray(losses, np.float64)
-    if tokens.shape != losses.shape or tokens.ndim != 1:
-        raise FitError("tokens, losses and params must have the same length")
+    tokens, losses = (np.asarray(x, np.float64)[..., None] for x in (tokens, losses))
     if (tokens <= 0).any():
         raise FitError("every point must be finite and above 0")
-    (law,) = fit_together(tokens[:, None], losses[:, None], params)
+    (law,) = fit_together(tokens, losses, params)
     if isinstance(law, FitError):
         raise law
     return law
@@ -103,7 +101,7 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
         raise FitError("every learning rate must be finite")
     if np.ptp(rates) == 0:  # B cannot be told from E
         rates = np.zeros(len(rates))
-    laws = [why_not(*columns, params) for columns in zip(tokens.T, losses.T, tokens_end)]
+    laws = [why_not(t, loss, end, params) for t, loss, end in zip(tokens.T, losses.T, tokens_end, strict=True)]
     fitted = [i for i, error in enumerate(laws) if error is None]
     if not fitted:
         return laws
@@ -118,10 +116,12 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
     misses = residuals(theta, points)[: len(row)]
     alpha, B = alpha if np.ptp(log_p) > 1e-6 else 0.0, B if rates.any() else 0.0
     for k, i in enumerate(fitted):
-        miss, law = misses[domain == k], (misses + points.loss)[domain == k]
+        miss = misses[domain == k]
+        curve = miss + points.loss[domain == k]  # what the law says at these points
+        noise = MAD_TO_SIGMA * np.median(np.abs(miss))
         if not np.isfinite([*theta, *miss]).all():
             laws[i] = FitError("the fitted law is not finite")
-        elif np.std(law) < max(MAD_TO_SIGMA * np.median(np.abs(miss)) / 3, 1e-4):  # a tenth of the variance
+        elif np.std(curve) < max(noise / 3, 1e-4):  # it explains less than a tenth of the variance
             laws[i] = FitError("the losses do not fall")
         else:
             laws[i] = ScalingLaw(*map(float, (A[k], alpha, beta, E[k], scale[k], params[-1], B)))

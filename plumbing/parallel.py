@@ -4,7 +4,7 @@
 
 DDP: every process holds the whole model and a share of the batch; gradients are averaged. FSDP2 (`fully_shard`): every
 process holds 1/n of each parameter and optimizer state, and gathers one layer at a time to compute with it.
-Both are PyTorch's. With one process all of this does nothing, and training is the same code.
+Both are PyTorch's. With one process nothing is exchanged, and training is the same code.
 
 The gates are small: every process holds them all, and averages their gradients itself.
 """

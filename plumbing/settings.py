@@ -156,7 +156,7 @@ class Settings:
         Limits(1, 1e12),
         "each share of the reference ratio is kept within 1/bound and bound times its initial value, then within "
         "the smallest and the largest initial share. After each of the two, all are made to sum to 1, which may "
-        "move one a little beyond. 2 in the paper",
+        "move some beyond. 2 in the paper",
     ] = 16.0
     step_size: Annotated[float, Limits(0, 1e12), "step size of the sheared schedule"] = 1.0
     clip_excess: Annotated[

@@ -261,7 +261,7 @@ def test_sheared_takes_over_from_a_mixture_with_an_empty_share():
     """`dro` without a floor may leave a domain nothing; Sheared's smoothing gives it a little back."""
     mixture = Mixture(["a", "b", "c"], P, "sheared", [1.0, 1.0, 1.0])
     mixture.state["weights"] = [0.0, 0.25, 0.75]
-    mixture.update(0.5, [1.0, 1.0, 1.0], Point(np.ones(3), 1.0), Point(np.ones(3), 1.0))
+    mixture.update(0.5, [1.0, 1.0, 1.0], Point(np.ones(3), 1.0, 1.0), Point(np.ones(3), 1.0, 1.0))
     assert mixture.weights == pytest.approx([1e-4 / 3, 0.9999 * 0.25 + 1e-4 / 3, 0.9999 * 0.75 + 1e-4 / 3], rel=1e-12)
 
 

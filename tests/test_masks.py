@@ -278,6 +278,7 @@ IMPOSSIBLE = {
     "wider": (dict(d_model=25), "d_model = 25"),
     "head_dim": (dict(head_dim=4), "head_dim"),
     "other group size": (dict(n_head=2, n_kv_head=2), "KV groups go whole"),
+    "more than the shape": (dict(n_layer=3, rope_theta=5e5), "in their shapes only"),
 }
 
 
