@@ -257,7 +257,7 @@ def fill_in_defaults(args: argparse.Namespace, data: TokenData, models: dict[str
     if args.seq_len == 0:
         longest = min(model.config.max_seq_len for model in models.values())
         shortest = min(data.tokens(domain, args.split).size for domain in data.domains)
-        args.seq_len = min(data.meta["window"], longest, shortest - 1)
+        args.seq_len = min(data.meta["window"], longest, max(1, shortest - 1))
 
 
 def check(args: argparse.Namespace, data: TokenData, models: dict[str, Llama]) -> None:

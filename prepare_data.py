@@ -122,7 +122,7 @@ def select(files: list[File], read: Callable, options: dict, left_out: LeftOut, 
         spoilt += "\ufffd" in text or valid != text
         if to_cut:
             end = round(len(valid) * (1 - options["held_out"]))
-            earliest = max(0, end - max(len(valid) - end, 4096))  # so that a long line does not go there as a whole
+            earliest = max(0, end - (len(valid) - end))  # so that a long line does not go there as a whole
             end = valid.rfind("\n", earliest, end) + 1 or end
             yield Document(domain, False, valid[:end])
             yield Document(domain, True, valid[end:])

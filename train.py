@@ -20,6 +20,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -64,7 +65,7 @@ class Trainer:
         s, masks, engine, optimizer, meter = self.s, self.masks, self.engine, self.optimizer, self.meter
         end = s.cut_at if masks else s.steps
         gc.collect()  # after a cut: the large model is in cycles that nothing else holds
-        per_token = parallel.size() / (s.batch_size * s.seq_len)  # of this process: gradients are averaged, not summed
+        per_token = parallel.size() / (s.batch_size * s.seq_len)  # a mean over processes follows
         for step in range(first, end):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_scale(step, s)
@@ -130,7 +131,7 @@ class Trainer:
             params, params_at_end = self.masks.expected_params(step), float(self.masks.target.n_params())
         points = []
         for share in np.linspace(0, 1, 9):
-            pruned = 1.0 if share == 1 else min(1.0, share * left / max(1, s.pruned_at - step))
+            pruned = 1.0 if share == 1 else min(1.0, share * left / max(1, s.pruned_at - step))  # at the end: all of it
             rate = lr_scale(max(0, step + share * left - 1), s)  # of the last update
             tokens = seen + share * (seen_at_end - seen)
             points.append(Point(tokens, params + pruned * (params_at_end - params), rate))
@@ -148,6 +149,8 @@ class Trainer:
             "kept": self.kept,
             "mixture": self.mixture.state,
             "reader": self.reader.state_dict(),
+            "tokenizer": self.reader.data.tokenizer,
+            "fingerprint": self.reader.data.fingerprint,
             "unlogged": self.meter.totals().tolist(),
             "seconds": log.clock.total(),
         }
@@ -179,7 +182,8 @@ class Trainer:
             if parallel.is_first():
                 model, kept = Llama.of_weights(self.model.config, whole), self.kept
                 if masks:
-                    kept, model = choices.describe(masks.cpu()), extract(model, masks)
+                    masks.cpu()  # as the weights are
+                    kept, model = choices.describe(masks), extract(model, masks)
                 origin = model_directory(s.init_from) if s.init_from else None
                 save_model(directory, model, kept, origin, self.reader, getattr(torch, s.export_dtype))
                 del model
@@ -229,10 +233,10 @@ def make_mixture(s: Settings, data: TokenData, references: dict[str, float] | No
 
 def make_masks(s: Settings, source: LlamaConfig, target: LlamaConfig) -> PruningMasks:
     """The gates of a pruning run."""
-    noise = (s.noise_from, s.noise_to) if s.noise_to else (math.inf, math.inf)
-    settle_at = s.settle_at if s.settles else math.inf
+    noise_to, settle_at = s.noise_to or math.inf, s.settle_at if s.settles else math.inf
     log_alpha = s.log_alpha if s.learns_gates else LOG_ALPHA_MAX  # a choice starts with all gates at 1
-    masks = PruningMasks(source, target, s.sparsity_warmup, log_alpha, s.phi, *noise, settle_at, s.fade)
+    settling = {"noise_from": s.noise_from, "noise_to": noise_to, "settle_at": settle_at, "fade": s.fade}
+    masks = PruningMasks(source, target, s.sparsity_warmup, log_alpha, s.phi, **settling)
     masks.clamp_()
     return masks.requires_grad_(s.learns_gates)
 
@@ -346,7 +350,7 @@ def main():
     first = run.state["step"] if run.state else 0
     try:
         with run.ending():
-            if trainer.masks and first == s.cut_at < s.steps:  # at once, or in the moment that was saved
+            if trainer.masks and s.cut_at == 0:  # a choice at one stroke
                 trainer = cut(trainer, run, log, make, first)
             if first == 0 or run.changed:
                 log.begin()
@@ -360,7 +364,9 @@ def main():
     except BrokenPipeError:  # nobody reads what is printed: for `command`
         raise
     except OSError as error:
-        newest = newest_checkpoint(run.path)
+        newest = None
+        with suppress(OSError, ValueError):
+            newest = newest_checkpoint(run.path)
         where = f"the same command goes on from {newest}" if newest else "there is no checkpoint yet"
         sys.exit(f"train.py: could not write to {run.path}: {error}; {where}")
     except DamagedData as error:  # only the process that has read it can say so

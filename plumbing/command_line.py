@@ -285,6 +285,8 @@ def check_output(file: Path) -> None:
     """ValueError unless a file can be written there, or its directories made first: called before the work is done."""
     if file.is_dir():
         raise ValueError(f"{file}: this is a directory, the path of a file is needed")
+    if len(os.fsencode(file.name)) > 255:
+        raise ValueError(f"{file}: the name of a file has at most 255 bytes")
     there = next(path for path in (file, *file.absolute().parents) if path.exists())
     if there != file and not there.is_dir():
         raise ValueError(f"{file}: {there} is not a directory")

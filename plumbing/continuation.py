@@ -78,8 +78,10 @@ def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: st
         overlap = abs(other - start - PREFIX) < LENGTH or wrong == ids[PREFIX:]
         if overlap or start in used or data.eot in ids + wrong:
             continue
-        question, true, false = (tokenizer.decode(x) for x in (ids[:PREFIX], ids[PREFIX:], wrong))
-        expected = (question, ids[:PREFIX]), (question + true, ids), (question + false, ids[:PREFIX] + wrong)
+        asked = ids[:PREFIX]
+        question, *whole = map(tokenizer.decode, (asked, ids, asked + wrong))
+        true, false = (text.removeprefix(question) for text in whole)  # decoded alone, Llama 2's would lose a space
+        expected = (question, asked), (question + true, ids), (question + false, asked + wrong)
         if any(tokenizer.encode(text).tolist() != tokens_of_it for text, tokens_of_it in expected):
             continue  # the tokenizer cuts the text at other places than here
         if question[-1].isspace():  # it would belong to the choices

@@ -100,7 +100,10 @@ def memory_of(name: str) -> float:
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     if size := re.fullmatch(r"(\d{1,9}(?:\.\d+)?) ?(?:(GB)|GiB)", name, re.IGNORECASE):
-        return float(size[1]) * (1e9 if size[2] else GIB)
+        memory = float(size[1]) * (1e9 if size[2] else GIB)
+        if memory <= RESERVE:
+            raise ValueError(f"gpu = '{name}' must have more than the {readable(RESERVE)} that are left free")
+        return memory
     raise ValueError(f"gpu = '{name}' is not one of {', '.join(GPUS)}, and no memory size such as 24GB")
 
 

@@ -97,10 +97,12 @@ def parse(line: bytes) -> object:
 
 
 def find_domain(record: dict, domain_field: str) -> str:
-    """The domain that a line names in the field "a.b"; ValueError if it names none."""
-    value = record
-    for key in domain_field.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
+    """The domain that a line names in the field "a.b", or in b of its field a; ValueError if it names none."""
+    value = record.get(domain_field)
+    if value is None:
+        value = record
+        for key in domain_field.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, str | int):
         raise ValueError(f"no domain in the field {domain_field} (--domain_field); it has {', '.join(record)[:200]}")
     if why := wrong_name(str(value)):

@@ -308,8 +308,9 @@ def give_up(text: str) -> None:
 def host_memory() -> int:
     """Most bytes that this process has had in memory so far."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux's getrusage would count what the process that started this one had, too
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    # Linux's getrusage would count what the process that started this one had, too
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -98,9 +98,13 @@ def check_tokenizer(path: str | Path, config: LlamaConfig, data: TokenData) -> N
             f"({data.tokenizer}): prepare the text with the model's own tokenizer"
         )
     directory, own, its = model_directory(path), None, None
-    trained_with = read_trained_with(directory) if directory is not None else None
+    if directory is not None:
+        trained_with = read_trained_with(directory)
+    else:
+        found = find_checkpoint(Path(path))
+        trained_with = read_state(found) if found else None
     if trained_with is not None:
-        own, its = trained_with["tokenizer"], trained_with["fingerprint"]
+        own, its = trained_with.get("tokenizer"), trained_with.get("fingerprint")
     elif directory is not None and tokenizer_file(directory) and not sentencepiece_only(directory):
         own, its = directory, fingerprint(load_tokenizer(str(directory)))
     if its not in (None, data.fingerprint):

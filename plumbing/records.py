@@ -276,6 +276,8 @@ class State(TypedDict):
     kept: Pruning | None  # what is kept, once the small model was cut out
     mixture: MixtureState
     reader: ReaderState
+    tokenizer: NotRequired[Text]
+    fingerprint: NotRequired[Text]
     unlogged: list[list[float]]
     seconds: NotNegative
 

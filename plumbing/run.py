@@ -35,8 +35,13 @@ KNOWN_BY_CONTENT = {"data", "init_from"}  # settings that name files, which may 
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, the one with the most steps last."""
-    found = [p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdecimal()]
+    """The whole checkpoints of a run, the one with the most steps last. ValueError or OSError where they are out of
+    reach: a run that took this for an empty directory would begin anew."""
+    directory = run / "checkpoints"
+    if directory.is_symlink() and not directory.exists():
+        raise ValueError(f"{directory}: this links to {os.readlink(directory)}, which is not there")
+    names = os.listdir(directory) if directory.is_dir() else []
+    found = [directory / name for name in names if name.startswith("step_") and name[5:].isdecimal()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -286,10 +291,11 @@ class Run:
         if newest_checkpoint(self.path) not in (None, self.checkpoint):
             raise ValueError(f"{self.path}: another process has written checkpoints there meanwhile")
         self.timings = open(self.path / "timings.jsonl", "ab")
+        if os.path.lexists(self.path / "model"):  # of fewer steps; its checkpoint can make it again
+            remove(self.path / "model")
         partial = self.path / "config.json.partial"
         partial.write_text(json.dumps(self.settings, indent=2) + "\n")
         os.replace(partial, self.path / "config.json")
-        shutil.rmtree(self.path / "model", ignore_errors=True)  # of fewer steps; its checkpoint can make it again
         # what a dead run logged after its last checkpoint will be logged again
         length = self.state["metrics_bytes"] if self.state else 0
         if self.origin != self.path:
@@ -331,7 +337,7 @@ class Run:
 
     def _begin_checkpoint(self, partial: Path, state: dict) -> None:
         for left_over in partial.parent.glob("*.partial"):
-            shutil.rmtree(left_over)
+            tidy_up(left_over)
         partial.mkdir(parents=True)
         self.metrics.flush()
         os.fsync(self.metrics.fileno())
@@ -352,7 +358,7 @@ class Run:
             flush(partial)
             partial.rename(final)
             for old in checkpoints(final.parent.parent)[:-keep]:
-                shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
+                tidy_up(old)
 
     @contextmanager
     def ending(self) -> Iterator[None]:
@@ -369,6 +375,23 @@ class Run:
     def load(self, tree: nn.Module, optimizer) -> None:
         """Load weights and optimizer state from the checkpoint that this run goes on from, in place."""
         checkpoint.load(tree, self.checkpoint, optimizer)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory, or a link to one. OSError where that cannot be."""
+    if directory.is_symlink():
+        directory.unlink()
+    else:
+        shutil.rmtree(directory)
+
+
+def tidy_up(checkpoint: Path) -> None:
+    """Remove a checkpoint that nobody needs. Where that cannot be, say so: a run does not end for it."""
+    partial = checkpoint.with_suffix(".partial")  # what is half removed is no checkpoint
+    try:
+        remove(checkpoint.rename(partial))
+    except OSError as error:
+        print(f"note: {partial} could not be removed: {error.strerror}", flush=True)
 
 
 def append(file, line: dict) -> None:

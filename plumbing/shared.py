@@ -31,7 +31,7 @@ def sample_stretches(documents: list[bytes]) -> np.ndarray:
         sums = np.zeros(len(piece) + 1, np.uint64)
         np.cumsum(piece * POWERS[: len(piece)], out=sums[1:])
         hashed = (sums[STRETCH:] - sums[:-STRETCH]) * INVERSES[: len(piece) - STRETCH + 1]
-        small = np.flatnonzero(hashed < limit)
+        small = np.flatnonzero((hashed < limit) & (hashed > 0))  # 0 is that of zeros, which would fill any sample
         starts.append(begin + small)
         hashes.append(hashed[small])
     starts, hashes = np.concatenate(starts), np.concatenate(hashes)
@@ -67,14 +67,14 @@ class SharedText:
         return hashes[hashes < np.uint64(self.limit)]
 
     def _merge(self):
-        """Make each list of arrays one array, those of train sorted."""
+        """Make each list of arrays one array, those of train sorted and without repetitions."""
         for samples in (self.train, self.held_out):
             for domain in samples:
                 whole = np.concatenate(samples[domain])
                 samples[domain] = []  # what is not needed any more makes room
                 samples[domain] = [self._in_sample(whole)]
-        for [array] in self.train.values():
-            array.sort()
+        for domain, [array] in self.train.items():
+            self.train[domain] = [np.unique(array)]
         self.count = sum(len(a) for samples in (self.train, self.held_out) for [a] in samples.values())
         self.merged = True
 

@@ -274,6 +274,7 @@ TABLE = [
     ("a dry run of it", "dry_run --d_model=2**20", None, "it does not fit: 1,024 GPUs would need more than"),
     ("a dry run of 2**20", "dry_run --d_ffn=2**20 --d_model=2**20 --n_layer=4096", None, "it does not fit"),
     ("a dry run of no GPU", "dry_run --gpu=h1000", None, "gpu = 'h1000' is not one of"),
+    ("a dry run of a GPU too small for CUDA", "dry_run --gpu=0.5GB", None, "must have more than the 4.00 GiB"),
     ("a dry run of a GPU beyond all", "dry_run --gpu=" + "9" * 400 + "GB", None, "is not one of"),
     ("a dry run of 10**9 GPUs", "dry_run --world_size=10**9", None, "world_size = 1000000000 must be 1 to 100000"),
     # config files

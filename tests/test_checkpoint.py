@@ -399,6 +399,62 @@ def test_a_run_that_was_given_more_steps_is_not_finished(chain, tmp_path, monkey
     assert torch.equal(load_model(again).lm_head.weight, last) and not torch.equal(last, ours)
 
 
+def test_directories_may_be_links(tiny_data, tmp_path, monkeypatch, capsys):
+    """A run whose checkpoints are out of reach is not begun anew; and what a link stands for is not removed."""
+    x, scratch = tmp_path / "x", tmp_path / "scratch"
+    args = [f"--data={tiny_data}", f"--out={x}", "--keep_checkpoints=1"]
+    assert run(monkeypatch, *args, "--steps=10") == 0
+    (x / "checkpoints").rename(scratch)
+    (x / "checkpoints").symlink_to(scratch)
+    scratch.rename(tmp_path / "not mounted")
+    before = {p: p.read_bytes() for p in x.rglob("*") if p.is_file()}
+    assert run(monkeypatch, *args, "--steps=20") == 2
+    err = capsys.readouterr().err
+    assert "checkpoints: this links to" in err and "which is not there" in err and err.count("\n") == 1
+    assert before == {p: p.read_bytes() for p in x.rglob("*") if p.is_file()}
+    (tmp_path / "not mounted").rename(scratch)
+    for name in ("model", "checkpoints/step_000010"):
+        kept = (x / name).resolve().rename(tmp_path / Path(name).name)
+        (x / name).symlink_to(kept)
+    assert run(monkeypatch, *args, "--steps=20") == 0
+    assert [p.name for p in scratch.iterdir()] == ["step_000020"] and not (x / "model").is_symlink()
+    assert metrics(x, "eval")[-1]["step"] == 20
+    assert load_model(tmp_path / "model") and load_model(tmp_path / "step_000010")
+
+
+def test_a_model_that_cannot_be_replaced_is_said_before_anything_is_changed(tiny_data, tmp_path, monkeypatch, capsys):
+    x = tmp_path / "x"
+    args = [f"--data={tiny_data}", f"--out={x}"]
+    assert run(monkeypatch, *args, "--steps=10") == 0
+    before = {p: p.read_bytes() for p in x.rglob("*") if p.is_file()}
+
+    def denied(path):
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("plumbing.run.shutil.rmtree", denied)
+        assert run(patch, *args, "--steps=20") == 2
+    err = capsys.readouterr().err
+    assert "Permission denied" in err and err.count("\n") == 1
+    assert before == {p: p.read_bytes() for p in x.rglob("*") if p.is_file()}
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tiny_data, tmp_path, monkeypatch, capsys):
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=30", "--keep_checkpoints=1"]
+    rmtree = shutil.rmtree
+
+    def denied(path, **options):
+        if Path(path).name.startswith("step_000010"):
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        rmtree(path, **options)
+
+    monkeypatch.setattr("plumbing.run.shutil.rmtree", denied)
+    assert run(monkeypatch, *args) == 0
+    assert "step_000010.partial could not be removed: Permission denied" in capsys.readouterr().out
+    names = sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir())
+    assert names == ["step_000010.partial", "step_000030"]
+
+
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for(in_background, tmp_path):
     """Training goes on while it is written, and must not be seen in it."""

@@ -26,6 +26,7 @@ from plumbing.continuation import (
 )
 from plumbing.data import TokenData
 from plumbing.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from prepare_data import prepare
 
 
 def test_questions_are_the_text_and_what_follows_it(tiny_data):
@@ -70,6 +71,36 @@ def test_choices_do_not_overlap_and_stay_within_a_held_out_window():
         assert len(set(asked // 200)) == len(set(other // 200)) == 1
     starts = [text.encode(q.question)[0] for q in make_questions(text, text, "a", "train", 150, seed=0)]
     assert any(start // 200 != (start + PREFIX + LENGTH - 1) // 200 for start in starts)  # train is one long text
+
+
+def test_choices_may_begin_with_a_space_that_a_decoder_drops(tmp_path, tiny_corpus):
+    """Llama 2's tokenizer writes a space before each text, and takes one away from what it decodes."""
+    ours = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    ours.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    ours.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    text = "abc" + "".join(file.read_text() for file in tiny_corpus.rglob("*") if file.is_file())
+    alphabet = sorted(set(text) - {" "})
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "▁", *alphabet])}
+    merges = []
+    for c in alphabet:  # words begin with a token of two characters
+        if c.isalpha():
+            merges.append(("▁", c))
+            vocabulary["▁" + c] = len(vocabulary)
+    ours.model = tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>")
+    ours.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    prepare(str(tiny_corpus), tmp_path / "data", str(tmp_path), window=128, held_out=0.1)
+    data, tokenizer = TokenData(tmp_path / "data"), load_tokenizer(str(tmp_path))
+    assert tokenizer.decode(tokenizer.encode("a bc")[1:]) == "bc"  # not " bc"
+    tokens = data.tokens("animals", "train")[:2000].tolist()
+    share = np.mean([tokenizer.decode([vocabulary["a"], token]).startswith("a ") for token in tokens])
+    asked = make_questions(data, tokenizer, "animals", "train", 100, seed=0)
+    spaces = np.mean([choice.startswith(" ") for q in asked for choice in (q.choice1, q.choice2)])
+    assert len(asked) == 100 and share > 0.1 and abs(spaces - share) < 0.12
 
 
 def test_log_likelihoods_are_transformers(chain):

@@ -158,6 +158,9 @@ def test_text_of_another_tokenizer_is_refused(theirs, data, tiny_data, tmp_path,
     assert run(monkeypatch, f"--data={data}", *args) == 2
     err = capsys.readouterr().err
     assert "its tokenizer is not the one" in err and "--tokenizer byte" in err
+    checkpoint = tmp_path / "y" / "checkpoints" / "step_000002"  # and so does each of its checkpoints
+    assert call(monkeypatch, eval_module.main, "eval.py", checkpoint, f"--data={data}") == 2
+    assert "its tokenizer is not the one" in capsys.readouterr().err
 
 
 def test_what_counts_is_which_ids_occur(theirs, data):

@@ -466,9 +466,9 @@ def test_dry_run_of_a_cut_at_once_knows_the_source():
 
 def test_dry_run_looks_at_the_data(tiny_data, monkeypatch, capsys, tmp_path):
     """Its vocabulary and its domains, where it is there; and it refuses a target that cannot be, as the run does."""
-    run(monkeypatch, f"--data={tiny_data}", "--dry_run", "--steps=100", "--eval_interval=50", "--gpu=1GB")
+    run(monkeypatch, f"--data={tiny_data}", "--dry_run", "--steps=100", "--eval_interval=50", "--gpu=8GB")
     assert "of 3 domains: " in capsys.readouterr().out
-    run(monkeypatch, f"--data={tmp_path}", "--dry_run", "--gpu=1GB")
+    run(monkeypatch, f"--data={tmp_path}", "--dry_run", "--gpu=8GB")
     assert f"of one domain ({tmp_path} is not there): " in capsys.readouterr().out
     Llama(LlamaConfig(257, 2, 32, 2, 2, 16, 64, 64)).save_pretrained(tmp_path / "m")
     assert run(monkeypatch, f"--init_from={tmp_path / 'm'}", "--target_n_layer=9", "--gates=random", "--dry_run") == 2

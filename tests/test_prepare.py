@@ -380,6 +380,18 @@ def test_memory_for_shared_text_is_constant(monkeypatch):
     assert sample.shares()["a"] == pytest.approx(1901 / 5901, abs=0.04)
 
 
+def test_bytes_that_repeat_do_not_fill_the_sample(monkeypatch):
+    """A file of zeros, or of one line again and again, leaves the other text's measure as it is."""
+    monkeypatch.setattr(shared, "MAX_HASHES", 20_000)
+    rng = np.random.default_rng(0)
+    text = rng.integers(97, 123, 100_000, np.uint8).tobytes()
+    sample = SharedText()
+    sample.add("a", True, sample_stretches([text[:50_000] + bytes(1_000_000)]))
+    for again in (text, bytes(1_000_000), *(bytes([c]) * 1_000_000 for c in b"B,x~"), b"0123456789\n" * 100_000):
+        sample.add("a", False, sample_stretches([again]))
+    assert sample.limit == 2**64 // shared.SAMPLE and sample.shares()["a"] > 0.99
+
+
 def test_stretches_do_not_reach_into_the_next_document(monkeypatch):
     monkeypatch.setattr(shared, "SAMPLE", 1.0000001)
     rng = random.Random(0)
@@ -543,6 +555,19 @@ def test_long_lines_do_not_hold_out_more(tmp_path):
     assert 0.05 * 0.95 < 1 - size["train"] / sum(size.values()) < 2 * 0.05
 
 
+def test_small_files_do_not_hold_out_more(tmp_path):
+    """Letters of three long lines each, and of a title and one line."""
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    rng = random.Random(0)
+    for i in range(19):
+        words = [" ".join(rng.choices(["eins", "zwei", "drei"], k=240)) for _ in range(3)]
+        (tmp_path / "c" / "d" / f"{i}.txt").write_text("\n".join(words if i % 2 else ["title", " ".join(words)]))
+    prepare(str(tmp_path / "c"), tmp_path / "out", window=64, held_out=0.1)
+    counts = TokenData(tmp_path / "out").meta["domains"]["d"]
+    size = {split: counts[split]["bytes"] for split in SPLITS}
+    assert 0.1 * 0.95 < 1 - size["train"] / sum(size.values()) < 2 * 0.1
+
+
 BAD_LINES = [
     (b'{"text": ', "not valid JSON"),
     (b'{"text": null}', "no document"),
@@ -604,6 +629,18 @@ def test_bad_domains_are_bad_lines(tmp_path):
     left_out = LeftOut()
     assert list(read_file(File(None, path), left_out, "of")) == []
     assert left_out.told()[0].endswith("no domain in the field of (--domain_field); it has text, ?[2J?")
+
+
+def test_a_field_whose_name_holds_a_dot(tmp_path):
+    """As in tables that were made flat. It comes before a field of a field."""
+    rows = [{"text": "a", "meta.set": "x"}, {"text": "b", "meta": {"set": "y"}}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_file(File(None, tmp_path / "a.jsonl"), LeftOut(), "meta.set")
+    assert [(domain, text) for domain, text, _ in found] == [("x", "a"), ("y", "b")]
+    table = pytest.importorskip("pyarrow").table({key: [value] for key, value in rows[0].items()})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    found = read_file(File(None, tmp_path / "a.parquet"), LeftOut(), "meta.set")
+    assert [(domain, text) for domain, text, _ in found] == [("x", "a")]
 
 
 def test_many_bad_lines_end_it_early(tmp_path, monkeypatch):
