@@ -30,20 +30,13 @@ COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run a
 MORE_POINTS_THAN = 10  # points: the scaling law is asked only when there are more (section 3.2)
 RHO_MIN = 1e-20  # a robust set smaller than this is the reference ratio itself
 HUGE = 1e50  # losses beyond it, and shares below 1 / HUGE, are no measurements, and their squares would overflow
-LOSS, SHARE = (-HUGE, HUGE), (1 / HUGE, HUGE)
 LIMITS = {  # the smallest and the largest value that an argument, or a number in it, may have
-    "losses": LOSS,
-    "reference": LOSS,
-    "ratio": SHARE,
-    "initial": SHARE,
-    "weights": SHARE,
-    "q": (0, HUGE),
-    "rho": (0, np.inf),
-    "temperature": (0, np.inf),
+    **dict.fromkeys(("losses", "reference"), (-HUGE, HUGE)),
+    **dict.fromkeys(("ratio", "initial", "weights"), (1 / HUGE, HUGE)),
+    **dict.fromkeys(("q", "step_size"), (0, HUGE)),
+    **dict.fromkeys(("smoothing", "delta"), (0, 1)),
+    **dict.fromkeys(("rho", "temperature"), (0, np.inf)),
     "floor": (0, 0.999),
-    "step_size": (0, HUGE),
-    "smoothing": (0, 1),
-    "delta": (0, 1),
     "bound": (1, HUGE),
 }
 

@@ -91,10 +91,8 @@ class HardConcrete(nn.Module):
 
     @torch.no_grad()
     def fading(self, share: float) -> Tensor:
-        """Gates on a straight line from what training sees without noise (share 0) to 0 or 1 at the target (share 1).
-
-        At share 0 these are the gates of `sample` with noise 0. Those of `deterministic` have another formula.
-        """
+        """Gates on a straight line from `sample` without noise (`deterministic` has another formula), at share 0, to 0
+        or 1 as at the target, at share 1."""
         now = self.sample(torch.full_like(self.log_alpha, 0.5), noise=0.0)
         return now.lerp(survivors(self.log_alpha, self.keep).to(now.dtype), share)
 
@@ -172,11 +170,8 @@ class PruningMasks(nn.Module):
         return self.each(lambda distribution: distribution.deterministic(distribution.keep if at_target else None))
 
     def evaluated(self, step: int) -> Gates | None:
-        """The gates that an evaluation after `step` steps measures with. None is the source as it is.
-
-        Until the choice is fixed, the target shape would cut off what is still in use: its losses would say nothing.
-        From then on, an evaluation measures the gates that are trained (see `HardConcrete.fading`).
-        """
+        """The gates that an evaluation after `step` steps measures with: none at first, and those that are trained once
+        the choice is fixed. Until then the target shape would cut off what is still in use, and losses say nothing."""
         if step >= self.settle_at:
             return self.settling(step)
         return self.deterministic(at_target=False) if step > 0 else None
