@@ -11,7 +11,8 @@ the pruned model on, for as many tokens, from the same references: the source's 
 says what the schedules are. Settings in the place of one stand on those of `dro`.
 
 Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` and `own, pruning too` start
-from the source instead, and prune under each schedule. Degradation is the loss above that of the source. Some models
+from the source instead, and prune under each schedule. `skewed, three times as long` has three times as many steps.
+Degradation is the loss above that of the source. Some models
 are asked the two-choice questions of plumbing/continuation.py, too. Two runs go side by side, on one thread each.
 Results and the figure go to docs/compare/ (with --data: to out/compare/NAME).
 """
@@ -53,7 +54,8 @@ SCHEDULES = {  # what differs from PAPER
     "dro + ratio": {"schedule": "dro", "dynamic_ratio": True},
     "uniform": {"schedule": "constant"},  # with equal shares
 }
-MIXTURES = ["skewed", "own", "skewed, pruning too", "own, pruning too"]
+WAYS = ["", ", three times as long", ", pruning too"]  # a table each
+MIXTURES = [mixture + way for way in WAYS for mixture in ("skewed", "own")]
 ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions
 SHARES = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
 PRETRAIN = {"steps": 1200, "warmup": 120}  # longer than the demo's
@@ -141,6 +143,8 @@ def judge(case: Case, seed: int, mixture: str, schedule: str) -> None:
         config, settings = "config/toy_prune.py", settings | case.prune | {"init_from": case.source_of(seed)}
     else:
         config, settings = case.config, settings | case.train_on | {"init_from": case.pruned_of(seed)}
+    if mixture.endswith("three times as long"):
+        settings["steps"] = 3 * load(Settings, [config]).steps
     shares = {} if mixture.startswith("own") else case.skew
     ratio = dict.fromkeys(case.skew, 1) if schedule == "uniform" else shares
     train(case.at(seed, mixture, schedule), seed, config, **settings, ratio=ratio)
@@ -242,8 +246,8 @@ def table(results: dict) -> str:
 
 
 def tables(results: dict) -> list[str]:
-    """The table of the mixtures at which the pruned model is trained on, and of those at which it is pruned, too."""
-    parts = [{m: rows for m, rows in results.items() if m.endswith("too") == too} for too in (False, True)]
+    """A table for each of WAYS."""
+    parts = [{m: rows for m, rows in results.items() if m.removeprefix(m.split(",")[0]) == way} for way in WAYS]
     return [table(part) for part in parts if part]
 
 
@@ -306,7 +310,7 @@ def report(schedules: list[str]) -> None:
     DOCS.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per measure
     file.write_text(text + "\n")
-    panels = {(name, m): rows for name in results for m, rows in results[name].items() if not m.endswith("too")}
+    panels = {(name, m): rows for name in results for m, rows in results[name].items() if "," not in m}
     if panels := {key: rows for key, rows in panels.items() if "constant" in rows}:
         figure(panels).savefig(DOCS / "compare.png")
 

@@ -172,6 +172,7 @@ def compare(args: argparse.Namespace) -> None:
     if abs(before["source"] - result["source"]) < 1e-3:
         old = before["losses"]
         result["losses"] = old | {row: max(new, old.get(row, new), key=len) for row, new in losses.items()}
+        result["command"] = " && ".join(dict.fromkeys([*before["command"].split(" && "), result["command"]]))
     elif sum(map(len, before["losses"].values())) > sum(map(len, losses.values())):
         return print(f"{file} stays as it is: it has more runs, of another text or source")
     DOCS.mkdir(parents=True, exist_ok=True)

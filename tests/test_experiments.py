@@ -58,12 +58,13 @@ def test_runs_of_a_case_differ_in_their_schedule_alone(monkeypatch, tmp_path):
             assert [command[0] for command in commands] == ["train.py", "eval.py", *asked]
             settings[schedule] = asdict(load(Settings, commands[0][1:]))
         assert len({run["out"] for run in settings.values()}) == len(settings)
-        begins = "source" if mixture.endswith("pruning too") else "pruned"
+        begins, steps = ("source", 700) if mixture.endswith("pruning too") else ("pruned", 300)
+        steps *= 3 if mixture.endswith("three times as long") else 1
         for schedule, run in settings.items():
             changed = {key for key in run if run[key] != settings["constant"][key]}
             given = {word.split("=")[0].strip("-") for word in schedule.split()} | {"schedule", "ratio"}
             assert changed <= {"out"} | set(compare.SCHEDULES.get(schedule, {})) | given, (mixture, schedule)
-            assert run["seed"] == 3 and run["init_from"] == str(tmp_path / "toy/3" / begins)
+            assert run["seed"] == 3 and run["steps"] == steps and run["init_from"] == str(tmp_path / "toy/3" / begins)
             shares = [1] * 7 if schedule == "uniform" else [] if mixture.startswith("own") else compare.SHARES
             assert sorted(run["ratio"].values()) == sorted(shares)
             assert run["reference_model"] == str(tmp_path / "toy/3/source") and run["law"] == "rate"
