@@ -55,7 +55,16 @@ def test_onednn_is_chosen_by_what_the_cpu_can_do_and_what_torch_has(monkeypatch)
             assert products.use_onednn() is (chosen and clearly > 0) and torch.get_num_threads() == threads
 
     def slow(product):
-        return lambda *tensors: time.sleep(0.02) or product(*tensors)
+        def work_and_multiply(*tensors):
+            until = time.thread_time() + 0.02
+            while time.thread_time() < until:
+                pass
+            return product(*tensors)
+
+        return work_and_multiply
+
+    def interrupted(product):  # by other work on the machine
+        return lambda *tensors: time.sleep(0.04) or product(*tensors)
 
     monkeypatch.setattr(products, "CLEARLY", 0.75)
     with monkeypatch.context() as patch:
@@ -63,6 +72,8 @@ def test_onednn_is_chosen_by_what_the_cpu_can_do_and_what_torch_has(monkeypatch)
         assert products.use_onednn() is False
     with monkeypatch.context() as patch:
         patch.setattr(F, "linear", slow(F.linear))
+        assert products.use_onednn() is True
+        patch.setattr(products, "onednn_product", interrupted(products.onednn_product))
         assert products.use_onednn() is True
     monkeypatch.setattr(products, "CLEARLY", math.inf)
     operator = torch.ops.mkldnn._linear_pointwise
