@@ -12,9 +12,9 @@ says what the schedules are. Settings in the place of one stand on those of `dro
 
 Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` and `own, pruning too` start
 from the source instead, and prune under each schedule. `skewed, three times as long` has three times as many steps.
-Degradation is the loss above that of the source. Some models
-are asked the two-choice questions of plumbing/continuation.py, too. Two runs go side by side, on one thread each.
-Results and the figure go to docs/compare/ (with --data: to out/compare/NAME).
+Degradation is the loss above that of the source. Some models are asked the two-choice questions of
+plumbing/continuation.py, too. Two runs go side by side, on one thread each. Results and the figure go to docs/compare/
+(with --data: to out/compare/NAME).
 """
 
 import itertools
@@ -247,7 +247,7 @@ def table(results: dict) -> str:
 
 def tables(results: dict) -> list[str]:
     """A table for each of WAYS."""
-    parts = [{m: rows for m, rows in results.items() if m.removeprefix(m.split(",")[0]) == way} for way in WAYS]
+    parts = [{m: results[m] for m in ("skewed" + way, "own" + way) if m in results} for way in WAYS]
     return [table(part) for part in parts if part]
 
 
