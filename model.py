@@ -89,7 +89,7 @@ class LlamaConfig:
         return self.attention_params(d, groups) + d * (3 * ffn + 2)
 
     def attention_params(self, d, groups):
-        """Those of its attention."""
+        """Parameters of its attention alone."""
         q_and_k = groups * (self.n_head // self.n_kv_head + 1) * self.head_dim
         biases = q_and_k + groups * self.head_dim if self.qkv_bias else 0
         return 2 * d * q_and_k + biases + (2 * self.head_dim if self.qk_norm else 0)
