@@ -11,10 +11,9 @@ the pruned model on, for as many tokens, from the same references: the source's 
 says what the schedules are. Settings in the place of one stand on those of `dro`.
 
 Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` and `own, pruning too` start
-from the source instead, and prune under each schedule. `skewed, three times as long` has three times as many steps.
+from the source instead, and prune under each schedule. Others have a third of the steps, or three times as many.
 Degradation is the loss above that of the source. Some models are asked the two-choice questions of
-plumbing/continuation.py, too. Two runs go side by side, on one thread each. Results and the figure go to docs/compare/
-(with --data: to out/compare/NAME).
+plumbing/continuation.py, too. Results and the figure go to docs/compare/ (with --data: to out/compare/NAME).
 """
 
 import itertools
@@ -32,7 +31,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runs import ON_GPU, call, each, judged, test_losses, train  # noqa: E402
+from runs import ON_GPU, demo_text, each, judged, test_losses, train  # noqa: E402
 
 from plot import COLORS, STYLE, new_figure, read_metrics  # noqa: E402
 from plumbing.command_line import Parser, load, user_errors  # noqa: E402
@@ -54,7 +53,8 @@ SCHEDULES = {  # what differs from PAPER
     "dro + ratio": {"schedule": "dro", "dynamic_ratio": True},
     "uniform": {"schedule": "constant"},  # with equal shares
 }
-WAYS = ["", ", three times as long", ", pruning too"]  # a table each
+LENGTHS = {"a third as long": 1 / 3, "three times as long": 3}  # of the runs from the pruned model
+WAYS = ["", *(f", {way}" for way in [*LENGTHS, "pruning too"])]  # a table each
 MIXTURES = [mixture + way for way in WAYS for mixture in ("skewed", "own")]
 ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions
 SHARES = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
@@ -139,14 +139,16 @@ def prepare(case: Case, seed: int) -> None:
 def judge(case: Case, seed: int, mixture: str, schedule: str) -> None:
     """The run of a schedule, with its test losses and answers."""
     settings = PAPER | settings_of(schedule) | {"data": case.data, "reference_model": case.source_of(seed)}
-    if mixture.endswith("pruning too"):
+    start, _, way = mixture.partition(", ")
+    if way == "pruning too":
         config, settings = "config/toy_prune.py", settings | case.prune | {"init_from": case.source_of(seed)}
     else:
         config, settings = case.config, settings | case.train_on | {"init_from": case.pruned_of(seed)}
-    if mixture.endswith("three times as long"):
-        settings["steps"] = 3 * load(Settings, [config]).steps
-    shares = {} if mixture.startswith("own") else case.skew
-    ratio = dict.fromkeys(case.skew, 1) if schedule == "uniform" else shares
+    if way in LENGTHS:
+        usual = load(Settings, [config])
+        settings["steps"] = steps = round(LENGTHS[way] * usual.steps)
+        settings["eval_interval"] = min(usual.eval_interval, steps // 25)  # a short run has 25 evaluations, too
+    ratio = dict.fromkeys(case.skew, 1) if schedule == "uniform" else {} if start == "own" else case.skew
     train(case.at(seed, mixture, schedule), seed, config, **settings, ratio=ratio)
     case.losses(seed, mixture, schedule)
     if schedule in ASKED:
@@ -164,8 +166,7 @@ def settings_of(schedule: str) -> dict:
 
 def run_all(case: Case, seeds: range, mixtures: list[str], schedules: list[str], jobs: int) -> None:
     """Everything that is asked for and not done, some at a time. The first failure stops it."""
-    if case.data == "data/demo" and not Path("data/demo/meta.json").exists():
-        call("prepare_data.py", "installed", "--out", "data/demo", "--held_out", "0.1")
+    demo_text(case.data)
     each(prepare, [(case, seed) for seed in seeds], jobs)
     each(judge, list(itertools.product([case], seeds, mixtures, schedules)), jobs)
 
@@ -207,9 +208,9 @@ def collect(case: Case, schedules: list[str]) -> dict:
     return results
 
 
-def paired(row: dict, other: dict, key: str) -> np.ndarray:
+def paired(row: dict, other: dict | None, key: str) -> np.ndarray:
     """A measure minus that of another schedule, for each seed that both have."""
-    theirs = dict(zip(other["seeds"], other[key]))
+    theirs = dict(zip(other["seeds"], other[key])) if other else {}
     return np.array([x - theirs[seed] for seed, x in zip(row["seeds"], row[key]) if seed in theirs])
 
 
@@ -227,15 +228,14 @@ def table(results: dict) -> str:
     for schedule in dict.fromkeys(s for rows in results.values() for s in rows):
         cells, seeds = [], []
         for rows in results.values():
-            row, sheared = rows.get(schedule), rows.get("sheared")
-            if row is None:
+            if (row := rows.get(schedule)) is None:
                 cells += [""] * 3
                 continue
             seeds.append(len(row["seeds"]))
             differences = []
             for key in ("average", "worst"):
                 text = three(np.mean(row[key])) + (f" ± {three(np.std(row[key], ddof=1))}" if seeds[-1] > 1 else "")
-                both = paired(row, sheared, key) if sheared and schedule != "sheared" else []
+                both = paired(row, rows.get("sheared"), key) if schedule != "sheared" else []
                 cells.append(f"**{text}**" if len(both) and max(both) < 0 else text)
                 if len(both):
                     p = f" (p {stats.ttest_1samp(both, 0).pvalue:.1g})" if len(both) > 1 else ""
@@ -281,8 +281,7 @@ def figure(panels: dict):
             ax.locator_params(axis="x", nbins=6)
             ax.set_title(f"{name}, {mixture}: {key}", fontsize=13)
             ax.grid(axis="x", color="#e4e4e4")
-    for ax in axes[-1]:
-        ax.set_xlabel("degradation minus that of `constant` (nats per token)", fontsize=12)
+    fig.supxlabel("degradation minus that of `constant` (nats per token)", fontsize=12)
     return fig
 
 
@@ -310,8 +309,8 @@ def report(schedules: list[str]) -> None:
     DOCS.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per measure
     file.write_text(text + "\n")
-    panels = {(name, m): rows for name in results for m, rows in results[name].items() if "," not in m}
-    if panels := {key: rows for key, rows in panels.items() if "constant" in rows}:
+    shown = itertools.product(results, ("skewed", "own"))
+    if panels := {(c, m): results[c][m] for c, m in shown if "constant" in results[c].get(m, {})}:
         figure(panels).savefig(DOCS / "compare.png")
 
 

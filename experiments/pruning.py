@@ -35,7 +35,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runs import ON_GPU, call, each, test_losses, train  # noqa: E402
+from runs import ON_GPU, demo_text, each, test_losses, train  # noqa: E402
 
 from plot import COLORS, STYLE, new_figure  # noqa: E402
 from plumbing.command_line import Parser, user_errors  # noqa: E402
@@ -150,8 +150,7 @@ def compare(args: argparse.Namespace) -> None:
     scale = SCALES[args.scale]
     if args.seeds < 1 or args.jobs < 1:
         raise ValueError("--seeds and --jobs must be above 0")
-    if scale.data == "data/demo" and not Path(scale.data, "meta.json").exists():
-        call("prepare_data.py", "installed", "--out", scale.data, "--held_out", "0.1")
+    demo_text(scale.data)
     if args.scale == "toy":  # its source learns for longer than the demo's
         configs = ("config/toy_pretrain.py", "config/paper.py")
         train(Path(scale.source), 0, *configs, schedule="constant", steps=1200, warmup=120)

@@ -23,6 +23,12 @@ def call(*command: object) -> None:
         raise OSError(f"`{' '.join(map(str, command))}` failed, and has said why")
 
 
+def demo_text(data: str) -> None:
+    """The demo's data set, where it is the one that is asked for and is not there."""
+    if data == "data/demo" and not Path(data, "meta.json").exists():
+        call("prepare_data.py", "installed", "--out", data, "--held_out", "0.1")
+
+
 def train(out: Path, seed: int, *configs: str, **settings) -> None:
     """One run, unless it is done, with whatever settings."""
     if not (out / "model").exists():
