@@ -1,7 +1,7 @@
 """SmolLM2-135M to about half its non-embedding parameters, on a laptop: a real pretrained model, tied embeddings, GQA.
 
     python train.py config/prune_smollm2.py                    # what the activations need least is cut out
-    python train.py config/prune_smollm2.py --gates learned    # as the paper does: slower, no better with .7M tokens
+    python train.py config/prune_smollm2.py --gates learned    # gates that learn to the last step, as in the paper
 
 400 steps of 4 x 256 tokens: 0.4M tokens, an hour and a half on one CPU thread; 2.2 GiB (`--dry_run=True`).
 docs/pruning.md compares choices, docs/smollm2.md has what came of two of them.

@@ -267,7 +267,8 @@ def histories() -> list[tuple[str, History]]:
             for n in (16, WINDOWS):
                 found.append((f"{key}, {n} windows", replace(usual, losses=windows[..., :: WINDOWS // n].mean(-1))))
     pruned = {}
-    for path in sorted(p for schedule in ("constant", "paper") for p in COMPARE.glob(f"*/*/*/{schedule}/eval.json")):
+    runs = itertools.product(("skewed", "own"), ("constant", "paper"))
+    for path in sorted(p for names in runs for p in COMPARE.glob(f"toy/*/{'/'.join(names)}/eval.json")):
         name, seed, mixture, _ = path.parent.relative_to(COMPARE).parts
         if (name, seed) not in pruned:
             pruned[name, seed] = history(CASES[name].pruned_of(int(seed)))
