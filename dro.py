@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
 MORE_POINTS_THAN = 10  # points: the scaling law is asked only when there are more (section 3.2)
 RHO_MIN = 1e-20  # a robust set smaller than this is the reference ratio itself
-HUGE = 1e50  # losses beyond it, and shares below 1 / HUGE, are no measurements, and their squares would overflow
+HUGE = 1e50  # losses beyond it, and shares below 1 / HUGE, are no measurements; the square of HUGE does not overflow
 LIMITS = {  # the smallest and the largest value that an argument, or a number in it, may have
     **dict.fromkeys(("losses", "reference"), (-HUGE, HUGE)),
     **dict.fromkeys(("ratio", "initial", "weights"), (1 / HUGE, HUGE)),

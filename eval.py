@@ -138,7 +138,7 @@ def speed_once(model: Llama) -> dict[str, float]:
     length = min(PREFILL, model.config.max_seq_len)
     prompt = torch.arange(length, device=device)[None] % model.config.vocab_size
     model(prompt)  # not measured: what happens first only, such as the weights' bfloat16 copies
-    cache = [KVCache(length + DECODE) for _ in model.layers]
+    cache = [KVCache() for _ in model.layers]
     found = {}
     for kind, inputs in {"prefill": [prompt], "decode": [prompt[:, :1]] * DECODE}.items():
         synchronize(device)

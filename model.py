@@ -159,8 +159,8 @@ class RMSNorm(nn.Module):
     The pruned dimensions are 0 in x, so the sum of squares is right as it is; dividing it by the number of dimensions
     with z != 0 makes it the small model's mean square.
     Why is the output multiplied by z, too? Where z is 0, this changes nothing. But the norm undoes any factor that all
-    of x has: with every gate at 0.5 its output would be as before. Multiplied by z, a gate of 0.5 halves what the
-    dimension gives to the next projections, whatever the other gates are. (The published code does the same.)
+    of x has: with every gate at 0.5 its output would be as before. Multiplied by z, it is half. (x is gated, too: a
+    single gate of 0.5, among gates of 1, leaves about a quarter. The published code does the same.)
     """
 
     def __init__(self, size: int, eps: float):
@@ -176,20 +176,17 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values (B, G, T, K) of the tokens that one layer has seen, with room for `length` tokens."""
+    """Keys and values (B, G, T, K) of the T tokens that one layer has seen."""
 
-    def __init__(self, length: int):
-        self.length, self.used = length, 0
-        self.k = self.v = None
+    def __init__(self):
+        self.used, self.k, self.v = 0, None, None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the new tokens' keys and values, return all so far. A prompt comes first, then one token at a time."""
-        if self.k is None:
-            self.k, self.v = (x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (k, v))
-        start, self.used = self.used, self.used + k.shape[2]
-        self.k[:, :, start : self.used] = k
-        self.v[:, :, start : self.used] = v
-        return self.k[:, :, : self.used], self.v[:, :, : self.used]
+        if self.used:
+            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.used, self.k, self.v = k.shape[2], k, v
+        return k, v
 
 
 class Attention(nn.Module):
@@ -339,7 +336,7 @@ class Llama(nn.Module):
     def generate(self, tokens: Tensor, n: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
         """tokens (B, T) -> (B, T + n): n more tokens, sampled, or always the most likely one where temperature is 0."""
         generator = torch.Generator(tokens.device).manual_seed(seed)
-        cache = [KVCache(tokens.shape[1] + n) for _ in self.layers]
+        cache = [KVCache() for _ in self.layers]
         new = tokens
         for _ in range(n):
             logits = self(new, cache=cache)[:, -1].float()

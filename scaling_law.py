@@ -35,7 +35,8 @@ ALPHA, BETA = (0.0, 5.0), (0.02, 5.0)  # bounds of the exponents
 # Huber's loss: points that miss by more than its limit count linearly. The fit is made with one limit after the other:
 # the wide ones find the way, the last one, in nats about the noise of a validation loss, lets outliers pull less.
 HUBER = (1.0, 0.1, 0.01)
-PRIOR_B = 0.14  # pulls B to 0 (a ridge): losses are noisy by .014 nats, B is about .1. Until the rate moved, B is 0
+PRIOR_B = 0.14  # pulls B to 0: a ridge up to B = HUBER[-1] / PRIOR_B = .07, beyond it a constant, weak pull. It keeps
+# B small until the rate has moved: B is 0 to .5, and the losses are noisy by .014 nats
 PRIOR_ALPHA = 1e-3  # the same for alpha, too weak to matter once P has changed
 MAD_TO_SIGMA = 1.4826  # standard deviation of a normal distribution, divided by its median absolute deviation
 REACH = 3.0  # how far a law is trusted beyond its points, see `tokens_supported`
@@ -99,7 +100,7 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
         raise FitError("tokens, losses, params and rates must have the same length")
     if not (np.abs(rates) <= LARGEST).all():
         raise FitError("every learning rate must be finite")
-    if np.ptp(rates) == 0:  # B cannot be told from E
+    if len(rates) and np.ptp(rates) == 0:  # B cannot be told from E
         rates = np.zeros(len(rates))
     laws = [why_not(t, loss, end, params) for t, loss, end in zip(tokens.T, losses.T, tokens_end, strict=True)]
     fitted = [i for i, error in enumerate(laws) if error is None]

@@ -125,7 +125,8 @@ class Trainer:
         at its average rate so far, because the weights jump. Parameters and learning rate follow their schedules."""
         s, left = self.s, self.s.steps - step
         seen = self.reader.tokens_seen()
-        seen_at_end = seen * (s.steps / max(1, step))
+        at_end = seen.sum() + left * s.batch_size * s.seq_len  # tokens of all domains
+        seen_at_end = seen * (at_end / max(1, seen.sum()))
         params = params_at_end = float(self.model.config.n_params())
         if self.masks:
             params, params_at_end = self.masks.expected_params(step), float(self.masks.target.n_params())

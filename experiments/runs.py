@@ -30,10 +30,12 @@ def demo_text(data: str) -> None:
 
 
 def train(out: Path, seed: int, *configs: str, **settings) -> None:
-    """One run, unless it is done, with whatever settings."""
+    """One run, unless it is done, with whatever settings. OSError where it was stopped on the way."""
     if not (out / "model").exists():
         given = [f"--{key}={value}" for key, value in settings.items()]
         call("train.py", *configs, "--threads=1", f"--seed={seed}", f"--out={out}", *given)
+    if not (out / "model").exists():
+        raise OSError(f"{out} was stopped; the same command goes on with it")
 
 
 def judged(model: str | Path, file: Path, data: str, *options: object) -> dict:

@@ -126,12 +126,13 @@ def taylor_scores(model: Llama, text: list[Tensor]) -> Scores:
             loss = model(sequence[:, :-1], Gates(*gates), targets=sequence[:, 1:]).mean()
             for sum_, gradient in zip(total, torch.autograd.grad(loss, gates)):
                 sum_ += gradient.abs()
-    return Scores(*total)
+    return Scores(*(sum_ / sum(map(len, text)) for sum_ in total))
 
 
 @torch.no_grad()
 def magnitude_scores(model: Llama) -> Scores:
-    """Scores by weight magnitude: the L2 norm of all the weights that would go with a structure."""
+    """Scores by weight magnitude: the L2 norm of the matrices' weights and the biases that would go with a structure.
+    Those of the norms do not count."""
     config = model.config
     layer, head, ffn = [], [], []  # sums of squares, layer by layer
     hidden = model.embed_tokens.weight.float().square().sum(0)

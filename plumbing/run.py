@@ -197,6 +197,10 @@ class Run:
             self._refuse({k: (was, now) for k, (was, now) in self.changed.items() if k != "steps" or now < was})
         elif self.state["step"] > self.settings["steps"]:
             raise ValueError(f"steps = {self.settings['steps']}: {self.checkpoint} has {self.state['step']} already")
+        was, now = self.changed.get("lr", (1, 1))
+        if now:  # the learning rates in the history are shares of the peak
+            history = self.state["mixture"]["history"]
+            history["rates"] = [rate * was / now for rate in history["rates"]]
 
     def _check_config(self) -> None:
         """Hold the settings against config.json: a run that was begun, but has no checkpoint, is known by it."""

@@ -70,8 +70,16 @@ def test_a_run_goes_on_with_other_settings_elsewhere(chain, tmp_path, monkeypatc
     mine = [f"--out={tmp_path / 'x'}" if a.startswith("--out=") else a for a in args["prune"]]
     origin = out["prune"] / "checkpoints" / "step_000050"
     other = [f"--resume={origin}", "--lr=1e-3", "--grad_clip=0.5", "--schedule=constant"]
+    assert run(monkeypatch, *mine, *other, "--stop_at=51") == 0
+    before, after = (
+        json.loads((at / "state.json").read_text()) for at in (origin, tmp_path / "x/checkpoints/step_000051")
+    )
+    rates, rates_now = (state["mixture"]["history"]["rates"] for state in (before, after))
+    assert rates_now == pytest.approx([3 * rate for rate in rates]) and len(rates) > 10  # shares of the new peak
     assert run(monkeypatch, *mine, *other) == 0
     assert "changed: lr was 0.003, now 0.001; grad_clip was 1.0, now 0.5; sche" in capsys.readouterr().out
+    at_end = json.loads((tmp_path / "x/checkpoints/step_000060/state.json").read_text())["mixture"]["history"]["rates"]
+    assert at_end[: len(rates)] == rates_now  # a second start with the same setting changes nothing
     first, second = metrics(tmp_path / "x", "run")
     assert "changed" not in first and second["changed"]["lr"] == {"was": 3e-3, "now": 1e-3}
     assert metrics(tmp_path / "x", "train")[-1]["lr"] == pytest.approx(1e-4, rel=0.1)

@@ -43,6 +43,9 @@ def test_runs_of_a_case_differ_in_their_schedule_alone(monkeypatch, tmp_path):
 
     def pretend(*command):
         commands.append([str(word) for word in command])
+        for word in commands[-1]:
+            if word.startswith("--out="):
+                Path(word.removeprefix("--out="), "model").mkdir(parents=True)
         if "--json" in command:
             command[-1].parent.mkdir(parents=True, exist_ok=True)
             command[-1].write_text(json.dumps(nothing))
@@ -234,6 +237,13 @@ def test_after_a_failure_no_run_begins():
     with pytest.raises(ValueError, match="b failed"):
         runs.each(run, [(name,) for name in "abcdefgh"], 2)
     assert began[:2] == ["a", "b"] and len(began) <= 4
+
+
+def test_a_run_that_was_stopped_is_not_tested(monkeypatch, tmp_path):
+    """A signal ends train.py with status 0 and a checkpoint, which eval.py would take."""
+    monkeypatch.setattr(runs, "call", lambda *command: Path(tmp_path, "run/checkpoints").mkdir(parents=True))
+    with pytest.raises(OSError, match="run was stopped"):
+        runs.train(tmp_path / "run", 0, "config/toy_prune.py")
 
 
 def test_rows_of_a_pruning_table_have_equal_settings(monkeypatch, tmp_path, capsys):

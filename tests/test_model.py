@@ -78,7 +78,7 @@ def test_cross_entropy_in_pieces_is_the_same_with_its_gradient(monkeypatch):
 def test_cache_gives_the_logits_of_the_whole_text(name):
     llama = random_llama(SHAPES[name]).double()
     tokens = torch.randint(97, (2, 20))
-    cache = [KVCache(20) for _ in llama.layers]
+    cache = [KVCache() for _ in llama.layers]
     with torch.no_grad():
         parts = [llama(tokens[:, :12], cache=cache)] + [llama(tokens[:, i : i + 1], cache=cache) for i in range(12, 20)]
         assert relative(torch.cat(parts, 1), llama(tokens)) < 1e-12

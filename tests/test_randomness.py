@@ -16,6 +16,6 @@ def test_each_tag_and_key_has_its_own_stream():
 
 def test_streams_stay_what_they_are():
     """Another key or tag would give every finished run other numbers than it had."""
-    tags = {name: getattr(randomness, name) for name in ("DRAWS", "ORDERS", "NOISE", "CHOICE", "QUESTIONS")}
-    assert tags == {"DRAWS": 1, "ORDERS": 2, "NOISE": 3, "CHOICE": 4, "QUESTIONS": 5}
+    tags = {name: getattr(randomness, name) for name in ("DRAWS", "ORDERS", "NOISE", "CHOICE", "QUESTIONS", "TIES")}
+    assert tags == {"DRAWS": 1, "ORDERS": 2, "NOISE": 3, "CHOICE": 4, "QUESTIONS": 5, "TIES": 6}
     assert generator(3, NOISE, 7, 1).random() == 0.8369408669731738

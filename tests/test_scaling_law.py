@@ -238,6 +238,28 @@ def test_no_prediction_of_a_real_run_is_refused():
                 assert all(end <= tokens_supported(t[t > 0]) for t, end in zip(seen.T, ahead))
 
 
+def test_an_even_run_is_asked_from_9_percent_on():
+    """By the end of the run, of points at each percent from 2 % on."""
+    asked = [percent for percent in range(3, 100) if tokens_supported(np.arange(2.0, percent + 1)) >= 100]
+    assert asked == list(range(9, 100))
+
+
+@pytest.mark.parametrize("B", [0.1, 0.3, 0.6])
+def test_what_the_prior_takes_from_B(B):
+    """Beyond .07 it is a constant pull, .14 · .01. Against it stands the share of the rate that no other term has."""
+    t = np.linspace(0.02, 1, 24)
+    rate = 0.1 + 0.45 * (1 + np.cos(np.pi * t))
+    (law,) = fit_together(1e6 * t[:, None], (0.3 * t**-0.4 + B * rate + 1.5)[:, None], rates=rate)
+    others, *_ = np.linalg.qr(np.stack([-0.3 * np.log(t) * t**-0.4, t**-0.4, np.ones(24)], 1))
+    alone = rate - others @ (others.T @ rate)
+    assert B - law.B == pytest.approx(0.14 * 0.01 / (alone @ alone), rel=0.05)
+
+
+def test_no_points_are_no_law():
+    with pytest.raises(FitError, match="0 points, at least 5"):
+        fit([], [])
+
+
 def test_trusted_predictions_fall_by_no_more_than_the_points_support():
     """Whatever the law: up to `tokens_supported` it falls by at most REACH times what it fell over the points."""
     rng = np.random.default_rng(0)

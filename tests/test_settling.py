@@ -271,6 +271,16 @@ def test_taylor_scores_are_what_closing_a_gate_a_little_changes():
                 assert getattr(scores, name)[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.parametrize("scores_of", [choices.taylor_scores, choices.activation_scores])
+def test_scores_are_means_over_the_text(scores_of):
+    model, tokens = random_llama(SOURCE), torch.randint(61, (4, 17))
+    once, again = scores_of(model, [tokens]), scores_of(model, [tokens[:1], tokens[1:], tokens])
+    parts = [scores_of(model, [sequence]) for sequence in tokens.split(1)]
+    for all_at_once, twice, *alone in zip(once, again, *parts):
+        torch.testing.assert_close(all_at_once, torch.stack(alone).mean(0))
+        torch.testing.assert_close(all_at_once, twice)
+
+
 def test_activation_scores_are_those_of_transformers(tmp_path):
     """The same activations by hooks on the library's model."""
     config = replace(SOURCE, n_kv_head=2)
