@@ -185,12 +185,15 @@ class Mixture:
 
         progress: share of the run that is done, 0 to 1. losses: validation losses (n,), nats. now, end: where the run
         is and where it will end. Afterwards `laws` has for each domain a ScalingLaw, or why there is none, or None
-        where none was asked for. ValueError names the domain whose loss is not finite.
+        where none was asked for. Before the first step nothing lags yet, and nothing moves. ValueError names the domain
+        whose loss is not finite.
         """
         losses = np.asarray(losses, np.float64)
         for name, loss in zip(self.domains, losses):
             if not np.isfinite(loss):
                 raise ValueError(f"validation loss of domain '{name}' is {loss}")
+        if progress == 0:
+            return
         history = self.state["history"]
         if progress >= COLLECT_FROM:
             history["tokens"].append([int(t) for t in now.tokens])

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from model import Gates, KVCache, Llama
 from plumbing import parallel
-from plumbing.command_line import Parser, check_output, check_utf8, command, number, user_errors
+from plumbing.command_line import Parser, check_output, check_utf8, command, number, user_errors, write_whole
 from plumbing.continuation import answer, encode, make_or_read, start_of_text, write_all
 from plumbing.data import TokenData
 from plumbing.dataset import DamagedData
@@ -191,25 +191,29 @@ def main():
         what = args.split, args.seq_len, args.sequences
         report |= {"seq_len": args.seq_len, "sequences": coverage(data, *what)}
         print_coverage(report)
-        with user_errors(DamagedData):
+        with user_errors(DamagedData, FloatingPointError):
             report["models"] = evaluate(models, data, *what, args.batch_size, precision)
         print(loss_table(report["models"]))
     if args.json:
         with user_errors():
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(json.dumps(report, indent=1))
+            write_whole(Path(args.json), json.dumps(report, indent=1))
 
 
 def evaluate(
     models: dict[str, Llama], data: TokenData, split: str, seq_len: int, sequences: int, batch_size: int, precision
 ) -> dict[str, dict]:
-    """Model name -> domains, average, worst, parameters, speed. `precision()` is the context to compute in."""
+    """Model name -> domains, average, worst, parameters, speed. `precision()` is the context to compute in.
+    FloatingPointError names a model and a domain whose loss is not finite."""
     speeds = speed(list(models.values()), precision)
     total = sum(n["evaluated"] for n in coverage(data, split, seq_len, sequences).values())
     losses = {}
     for name, model in models.items():
         with precision(), time_left(name, total, "sequences") as progress:
             losses[name] = domain_losses(model, data, split, seq_len, sequences, batch_size, progress=progress)
+        for domain, loss in losses[name].items():
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"{name}: the loss of domain '{domain}' is {loss}")
     first = next(iter(losses.values()))
     results = {}
     for (name, model), fast in zip(models.items(), speeds):

@@ -112,12 +112,11 @@ class Trainer:
             losses = validation_losses(s, self.model, self.reader.data, z)
             course = self.course(step)
             now, *_, end = course
-            if step > 0:  # before the first step nothing lags yet
-                try:
-                    mixture.update(step / s.steps, list(losses.values()), now, end)
-                except ValueError as error:
-                    give_up(f"step {step}: {error}")
-                mixture.state = parallel.from_first(mixture.state)
+            try:
+                mixture.update(step / s.steps, list(losses.values()), now, end)
+            except ValueError as error:
+                give_up(f"step {step}: {error}")
+            mixture.state = parallel.from_first(mixture.state)
             log.evaluation(step, losses, course, mixture, masks, z)
 
     def course(self, step: int) -> list[Point]:
@@ -260,11 +259,12 @@ def cut(trainer: Trainer, run: Run, log: Log, make: Callable[..., Llama], step: 
     """The trainer that goes on after `step` steps with the small model, which is cut out of weights and moments."""
     s, masks, path = trainer.s, trainer.masks.cpu(), run.path / "cut.partial"
     trainer.meter.check(trainer.mixture.domains)
-    choices.settle_(masks)
-    cutting.write(path, trainer.tree, trainer.optimizer, masks)
-    trainer.engine.release()
-    small = Trainer(s, make(masks.target, path / cutting.WEIGHTS), None, trainer.reader, trainer.mixture)
-    cutting.read_moments(path, small.model, small.optimizer, step)
+    with log.clock.paused():
+        choices.settle_(masks)
+        cutting.write(path, trainer.tree, trainer.optimizer, masks)
+        trainer.engine.release()
+        small = Trainer(s, make(masks.target, path / cutting.WEIGHTS), None, trainer.reader, trainer.mixture)
+        cutting.read_moments(path, small.model, small.optimizer, step)
     small.kept = choices.describe(masks)
     small.meter.sums = trainer.meter.sums  # of the steps since the last log line
     log.shape = masks.target

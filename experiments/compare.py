@@ -13,7 +13,7 @@ says what the schedules are. Settings in the place of one stand on those of `dro
 Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` and `own, pruning too` start
 from the source instead, and prune under each schedule. Others have a third of the steps, or three times as many.
 Degradation is the loss above that of the source. Some models are asked the two-choice questions of
-plumbing/continuation.py, too. Results and the figure go to docs/compare/ (with --data: to out/compare/NAME).
+plumbing/continuation.py, too. Results and the figure go to docs/compare/ (with --data: to out/compare/NAME_NUMBER).
 """
 
 import itertools
@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -341,11 +342,12 @@ def main():
             if case.pruned:
                 raise ValueError(f"--data: {case.name} starts from a model that was pruned on {case.data}")
             given = load(Settings, [case.config, f"--data={args.data}", f"--ratio={args.ratio}"])
-            domains = TokenData(given.data).domains
-            if given.ratio.keys() != set(domains):
-                raise ValueError(f"--ratio needs a share of each domain: {', '.join(domains)}")
+            text = TokenData(given.data)
+            if given.ratio.keys() != set(text.domains):
+                raise ValueError(f"--ratio needs a share of each domain: {', '.join(text.domains)}")
             case = CASES[case.name] = replace(case, data=given.data, skew=given.ratio)
-            OUT = DOCS = OUT / Path(given.data).name
+            known_by = zlib.crc32(f"{text.digest} {sorted(given.ratio.items())}".encode())
+            OUT = DOCS = OUT / f"{Path(given.data).name}_{known_by:08x}"  # another text or ratio has other runs
         if not args.report:
             run_all(case, range(first, last + 1), args.mixtures or case.mixtures, args.schedules, args.jobs)
         report(args.schedules)

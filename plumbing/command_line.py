@@ -81,8 +81,21 @@ def tell_torchrun(line: str) -> None:
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it is always whole: on a full disk what was there before stays. OSError names it."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from None
+
+
 def command(main: Callable[[], None]) -> None:
-    """Run a command. It ends in silence where nobody reads its output any more, as in `train.py --help | head`."""
+    """Run a command. It ends in silence where nobody reads its output any more, as in `train.py --help | head`, and in
+    one line after Ctrl-C and what `known_failure` knows."""
     allow_open_files()
     try:
         try:
@@ -90,6 +103,16 @@ def command(main: Callable[[], None]) -> None:
         finally:
             if sys.stdout:  # None where it was closed
                 sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if (why := known_failure(error)) is None:
+            raise
+        line = f"{Path(sys.argv[0]).name}: {why}"
+        print(line, file=sys.stderr)
+        tell_torchrun(line)
+        sys.exit(1)
     except OSError as error:
         if not isinstance(error, BrokenPipeError) and error.errno != errno.ENOSPC:
             raise
@@ -97,6 +120,17 @@ def command(main: Callable[[], None]) -> None:
             print(f"{Path(sys.argv[0]).name}: could not print: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
         sys.exit(1)
+
+
+def known_failure(error: Exception) -> str | None:
+    """What to say of an error that is no mistake of this program: there is too little memory, or no compiler."""
+    if any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__) or (
+        "can't allocate memory" in str(error)
+    ):
+        return "out of memory: train.py --dry_run says what a run needs, and which settings make it less"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"torch.compile failed, try --compile False: {one_line(str(error), 300)}"
+    return None
 
 
 def allow_open_files(wanted: int = 10_000) -> None:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from model import Llama
 from plumbing import parallel, randomness
-from plumbing.command_line import check_output
+from plumbing.command_line import check_output, write_whole
 from plumbing.data import TokenData
 from plumbing.dataset import folder_of
 from plumbing.records import QuestionLine, parse
@@ -110,6 +110,8 @@ def read_questions(file: Path) -> list[Question]:
         if not line.strip():
             continue
         found.append(Question(**parse(line, QuestionLine, f"{file}:{number}: not a question")))
+        if found[-1].choice1 == found[-1].choice2:
+            raise ValueError(f"{file}:{number}: the two choices are the same")
     labels = {q.label for q in found}
     if labels == {1}:
         raise ValueError(
@@ -125,7 +127,7 @@ def read_questions(file: Path) -> list[Question]:
 
 def write_questions(file: Path, questions: list[Question]) -> None:
     """Write a .jsonl file that read_questions, and other harnesses, read."""
-    file.write_text("".join(json.dumps(q._asdict(), ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
+    write_whole(file, "".join(json.dumps(q._asdict(), ensure_ascii=False) + "\n" for q in questions))
 
 
 def make_or_read(
@@ -141,10 +143,13 @@ def make_or_read(
 
 
 def write_all(folder: str, questions: dict[str, list[Question]]) -> None:
-    """A .jsonl file per domain. ValueError before anything is written where one of them cannot be."""
+    """A .jsonl file per domain. ValueError before anything is written where one of them cannot be, or would replace a
+    file that holds no questions."""
     files = {domain: Path(folder) / f"{folder_of(domain)}.jsonl" for domain in questions}  # a name may hold a /
     for file in files.values():
         check_output(file)
+        if file.exists() and file.stat().st_size:
+            read_questions(file)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for domain, asked in questions.items():
         write_questions(files[domain], asked)

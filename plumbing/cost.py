@@ -342,6 +342,8 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     total, peak = memory_of(s.gpu), peak_of(s.gpu, s.dtype)
     s.split_batch(s.world_size)
     source = shape_of(s)
+    if s.init_from and s.seq_len > source.max_seq_len:
+        raise ValueError(f"seq_len = {s.seq_len}: {s.init_from} was made for {source.max_seq_len} tokens at most")
     if target := s.target_shape(source):
         check_target(source, target)
     cut_at = s.cut_at if target else s.steps  # until then the source is trained, and then the target

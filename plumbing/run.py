@@ -29,6 +29,7 @@ from torch import nn
 from masks import PruningMasks, check_target
 from model import LlamaConfig
 from plumbing import checkpoint, checksums, parallel, records
+from plumbing.command_line import write_whole
 
 OF_THE_CHOICE = {"gates", "settle_at", "fade"}  # settings that say what is kept, with the target's shape
 KNOWN_BY_CONTENT = {"data", "init_from"}  # settings that name files, which may move: `digests` tell what they hold
@@ -147,6 +148,7 @@ class Run:
             self._check_checkpoint()
         if self.checkpoint is None or self.origin != self.path:
             self._check_config()
+            self._check_what_is_there()
         self.finished = self.has_model and not (self.state and self.state["step"] < settings["steps"])
 
     def _lock(self) -> None:
@@ -213,6 +215,13 @@ class Run:
             was = begun.get("resume", "auto")
             if was not in ("auto", "never", self.settings["resume"]):
                 raise ValueError(f"{self.path} was begun with --resume {was} and has no checkpoint yet: give it again")
+
+    def _check_what_is_there(self) -> None:
+        """ValueError for a model or a log that no run has left here: it would be overwritten."""
+        begun = (self.path / "config.json").exists()
+        for name, known in (("model", begun and self.has_model), ("metrics.jsonl", begun or not self.has_log)):
+            if os.path.lexists(self.path / name) and not known:
+                raise ValueError(f"{self.path / name} is not of a run that can go on, choose another --out")
 
     def _changes(self, file: Path, before: dict) -> dict[str, tuple]:
         """What differs between the settings of a file and those of this run, without those that are free."""
@@ -297,9 +306,7 @@ class Run:
         self.timings = open(self.path / "timings.jsonl", "ab")
         if os.path.lexists(self.path / "model"):  # of fewer steps; its checkpoint can make it again
             remove(self.path / "model")
-        partial = self.path / "config.json.partial"
-        partial.write_text(json.dumps(self.settings, indent=2) + "\n")
-        os.replace(partial, self.path / "config.json")
+        write_whole(self.path / "config.json", json.dumps(self.settings, indent=2) + "\n")
         # what a dead run logged after its last checkpoint will be logged again
         length = self.state["metrics_bytes"] if self.state else 0
         if self.origin != self.path:
@@ -340,7 +347,7 @@ class Run:
             self.finish_save()
 
     def _begin_checkpoint(self, partial: Path, state: dict) -> None:
-        for left_over in partial.parent.glob("*.partial"):
+        for left_over in partial.parent.glob("step_*.partial"):
             tidy_up(left_over)
         partial.mkdir(parents=True)
         self.metrics.flush()

@@ -205,10 +205,10 @@ class Settings:
         wrong = out_of_limits(self)
         for name in ("ratio", "reference_losses"):
             values = getattr(self, name).values()
-            if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
-                wrong.append(f"{name} = {getattr(self, name)} must have a number above 0 for each domain")
-            elif not math.isfinite(sum(values)):
-                wrong.append(f"{name} = {getattr(self, name)} must have a finite sum")
+            if not all(type(value) in (int, float) and 1e-15 <= value <= 1e15 for value in values):
+                wrong.append(
+                    f"{name} = {getattr(self, name)} must have a number above 0, from 1e-15 to 1e15, for each domain"
+                )
         if not self.out:
             wrong.append("out is empty")
         if self.reference_losses and self.reference_model:

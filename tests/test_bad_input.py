@@ -4,9 +4,11 @@ A row of the table is a command, what is damaged before it, and words of the lin
 in one process, in a directory with the runs of the demo in small, which are made without network.
 """
 
+import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+import torch._dynamo
 from conftest import GATES, SHAPE, TARGET, write_corpus
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -246,7 +250,12 @@ TABLE = [
     ("a device of others", "train --device=xpu", None, "device = 'xpu' is not one of"),
     ("no device", "train --device=", None, "device = '' is not one of"),
     ("no directory", "train --out=", None, "out is empty"),
-    ("shares with an infinite sum", "train --ratio={'a':1e308,'b':1e308}", None, "must have a finite sum"),
+    ("a dry run of long sequences", "dry_run --init_from=out/source --seq_len=64", None, "was made for 32 tokens"),
+    ("a model of others", "train --out=mine", write("mine/model/config.json", "{}"), "model is not of a run"),
+    ("a folder of others", "train --out=mine --resume=never", write("mine/model/a.bin", "a"), "model is not of a run"),
+    ("a file named model", "train --out=mine", write("mine/model", "a"), "model is not of a run"),
+    ("a log of others", "train --out=mine", write("mine/metrics.jsonl", "a"), "metrics.jsonl is not of a run"),
+    ("shares with an infinite sum", "train --ratio={'a':1e308,'b':1e308}", None, "from 1e-15 to 1e15"),
     ("an infinite share", "train --ratio={'animals':1e999,'brackets':1,'sums':1}", None, "a number above 0"),
     ("a share of 0", "train --ratio={'animals':0,'brackets':1,'sums':1}", None, "a number above 0"),
     ("a share that is true", "train --ratio={'animals':True,'brackets':1,'sums':1}", None, "a number above 0"),
@@ -255,7 +264,8 @@ TABLE = [
     ("a domain twice", "train --domains=['sums','sums']", None, "each once"),
     ("domains in a list", "train --domains=[['sums']]", None, "no domain"),
     ("references of both kinds", "train --reference_losses={'a':1} --reference_model=x", None, "are both set"),
-    ("a huge loss", "train --schedule=dro --reference_losses={'animals':1e99,'brackets':1,'sums':1}", None, "1e+50"),
+    ("a huge loss", "train --schedule=dro --reference_losses={'animals':1e99,'brackets':1,'sums':1}", None, "to 1e15"),
+    ("a tiny share", "train --ratio={'animals':1e-60,'brackets':1,'sums':1}", None, "ratio = "),
     ("a rule without references", "train --schedule=sheared", None, "needs references"),
     ("a batch that does not divide", "train --gate_samples=3", None, "must be a multiple of gate_samples"),
     ("no gate sample", "train --gate_samples=0", None, "gate_samples = 0 must be"),
@@ -364,6 +374,8 @@ TABLE = [
     ("all questions", "eval out/source --continuation --sequences=0", None, "questions need a number"),
     ("results in a directory", "eval out/source --json=out", None, "out: this is a directory"),
     ("results below a file", "eval out/source --json=eval.json/x.json", None, "eval.json is not a directory"),
+    ("questions in place of text", "ask asked/sums.jsonl --write_questions=.", write("sums.jsonl", "a"), "a question"),
+    ("equal choices", "ask q.jsonl", write("q.jsonl", Q.replace('"c"', '"b"')), "q.jsonl:1: the two choices are"),
     ("questions below a file", "ask asked/sums.jsonl --write_questions=eval.json", None, "is not a directory"),
     ("questions of no file", "ask none.jsonl", None, "none.jsonl: No such file"),
     ("questions of a directory", "ask asked", None, "asked: Is a directory"),
@@ -522,6 +534,43 @@ def test_no_room_for_the_output(monkeypatch, capfd):
     assert end.value.code == 1 and "could not print: No space left" in error and error.count("\n") == 1
     monkeypatch.setattr(sys, "stdout", None)
     command_line.command(lambda: print("a result"))
+
+
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
+        (MemoryError(), 1, "out of memory"),
+        (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("no g++"), None), 1, "try --compile False"),
+    ],
+)
+def test_what_is_nobodys_mistake_is_one_line(error, status, words, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        command_line.command(main)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == status and words in said and "\n" not in said
+    with pytest.raises(RuntimeError, match="our own"):  # which keeps its traceback
+        command_line.command(lambda: (_ for _ in ()).throw(RuntimeError("our own")))
+
+
+def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, monkeypatch):
+    file = tmp_path / "eval.json"
+    command_line.write_whole(file, "first")
+
+    def full(self, text, **options):
+        with open(self, "w") as half:
+            half.write(text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=re.escape(str(file))):
+        command_line.write_whole(file, "second")
+    assert file.read_bytes() == b"first" and list(tmp_path.iterdir()) == [file]
 
 
 def test_torchruns_report_ends_with_our_line(tmp_path, monkeypatch, capfd):

@@ -17,6 +17,7 @@ import transformers
 from conftest import SHAPE, metrics, run
 from processes import Fresh, script
 
+import eval
 import train
 from eval import domain_losses
 from masks import PruningMasks
@@ -379,6 +380,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_data, tmp_path, 
     assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
 
+def test_a_model_whose_losses_are_not_finite_is_refused(tiny_data, tmp_path, monkeypatch, capsys):
+    """Its weights are finite. Both before the first step and by eval.py."""
+    llama = Llama(LlamaConfig(257, 1, 16, 2, 2, 8, 16, 64)).init_weights(0)
+    with torch.no_grad():
+        llama.lm_head.weight.fill_(3e38)
+    llama.save_pretrained(tmp_path / "big")
+    args = [f"--data={tiny_data}", f"--init_from={tmp_path / 'big'}", f"--out={tmp_path / 'x'}", "--steps=2"]
+    assert "step 0: validation loss of domain 'animals' is" in run(monkeypatch, *args)
+    assert "nan" not in (tmp_path / "x/metrics.jsonl").read_text().lower()
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "big"), "--data", str(tiny_data), "--sequences=2"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        eval.main()
+    assert end.value.code == 2 and "big: the loss of domain 'animals' is" in capsys.readouterr().err
+
+
 def test_a_model_that_its_dtype_cannot_hold_is_one_line(tiny_data, tmp_path, monkeypatch, capsys):
     args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=1", "--lr=1e6", "--export_dtype=float16"]
     assert run(monkeypatch, *args) == 2
@@ -420,7 +437,7 @@ MISTAKES = {
     "negative seed": (["--seed=-1"], "seed = -1 must be 0 to"),
     "beta": (["--beta1=1.0"], "beta1 = 1.0 must be 0 to 0.999"),
     "infinite": (["--lr=1e999"], "lr = inf must be finite"),
-    "ratio of text": (["--ratio={'animals': 'x', 'brackets': 1, 'sums': 1}"], "must have a number above 0 for each"),
+    "ratio of text": (["--ratio={'animals': 'x', 'brackets': 1, 'sums': 1}"], "must have a number above 0, from"),
     "sequences longer than the text": (["--seq_len=100000"], "of 100000"),
     "sequences longer than val": (["--seq_len=20000"], "val of domain"),
     "no heads": (["--n_head=0"], "n_head = 0 must be 1 to"),
