@@ -304,7 +304,8 @@ def test_a_schedule_of_ones_own_is_one_function(monkeypatch):
 
     monkeypatch.setitem(dro.SCHEDULES, "hardest", hardest_only)
     mixture = Mixture(["a", "b", "c"], P, "hardest")  # and it needs no references
-    assert all(s["weights"] == [1, 0, 0] for _, _, s, _ in simulate(mixture))
+    assert [s["weights"] for _, _, s, _ in simulate(mixture, last=0)] == [P]  # at step 0 nothing moves
+    assert all(s["weights"] == [1, 0, 0] for _, _, s, _ in simulate(mixture, first=1))
 
 
 def test_constant_never_moves():
@@ -314,7 +315,7 @@ def test_constant_never_moves():
 
 def test_fixed_references_from_the_first_evaluation():
     mixture = Mixture(["a", "b", "c"], P, "dro", [1.0, 1.0, 1.0])
-    for _, losses, state, record in simulate(mixture):
+    for _, losses, state, record in simulate(mixture, first=1):
         assert state["weights"] == pytest.approx(dro_weights(losses, [1, 1, 1], P))
         assert state["reference"] == [1, 1, 1] and state["ratio"] == pytest.approx(P)
         assert record["laws"] == [None] * 3
@@ -407,7 +408,7 @@ def test_a_domain_that_is_drawn_late_is_predicted_from_its_own_tokens():
 def test_dynamic_ratio_follows_the_weights_from_a_fifth_of_the_run():
     mixture = Mixture(["a", "b", "c"], P, "dro", [1.0, 1.0, 0.9], dynamic_ratio=True)
     ratio = np.array(P)
-    for progress, losses, state, _ in simulate(mixture):
+    for progress, losses, state, _ in simulate(mixture, first=1):
         q = dro_weights(losses, [1.0, 1.0, 0.9], ratio)
         assert state["weights"] == pytest.approx(q)
         if progress >= 0.2:
