@@ -25,10 +25,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from masks import check_target
 from model import LOGITS_AT_ONCE, LlamaConfig, read_config
-from plumbing import choices, parallel, records
+from plumbing import choices, parallel
 from plumbing.command_line import load
-from plumbing.data import MicroBatch
-from plumbing.models import model_directory
+from plumbing.data import MicroBatch, TokenData, open_data
+from plumbing.models import check_tokenizer, model_directory
 from plumbing.settings import Settings
 
 GIB = 2**30
@@ -111,7 +111,8 @@ def shape_of(s: Settings) -> LlamaConfig:
     """Shape of the model that a run starts from: from scratch, of a model directory or run, or, where that is not there
     yet, a published one or what its config will make."""
     if not s.init_from:
-        return s.shape_from_scratch(data_of(s)[0])
+        data = data_of(s)
+        return s.shape_from_scratch(data.vocab_size if data else BYTES)
     if (directory := model_directory(s.init_from)) is not None:
         return read_config(directory)
     name = Path(s.init_from).name
@@ -125,14 +126,9 @@ def shape_of(s: Settings) -> LlamaConfig:
     return before.target_shape(source) or source
 
 
-def data_of(s: Settings) -> tuple[int, int]:
-    """Vocabulary of the data set, and number of domains. Where it is not there yet: that of byte tokens, and as many
-    domains as the settings name, or one."""
-    file, named = Path(s.data) / "meta.json", len(s.domains) or len(s.ratio)
-    if not file.is_file():
-        return BYTES, named or 1
-    meta = records.read(file, records.Meta, "a data set's description")
-    return meta["vocab_size"], len(s.domains) or len(meta["domains"])
+def data_of(s: Settings) -> TokenData | None:
+    """The data set of a run, or None where it is not there yet."""
+    return open_data(s) if (Path(s.data) / "meta.json").is_file() else None
 
 
 def parts(c: LlamaConfig) -> dict[str, int]:
@@ -326,7 +322,8 @@ def work_of(s: Settings, source: LlamaConfig) -> Work:
     """What the run of these settings computes. Until the cut it trains the source, and then the target."""
     target, tokens = s.target_shape(source), s.steps * s.batch_size * s.seq_len
     cut_at = s.cut_at if target else s.steps
-    evaluations, (_, domains) = -(-s.steps // s.eval_interval) + 1, data_of(s)
+    evaluations, data = -(-s.steps // s.eval_interval) + 1, data_of(s)
+    domains = len(data.domains if data else s.domains or s.ratio) or 1
     eval_tokens = evaluations * s.eval_sequences * domains * s.seq_len
     passes = 4 if s.activation_checkpointing else 3  # the backward pass counts twice
     flops = 0.0
@@ -341,9 +338,12 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     """Print what the run of these settings would cost. ValueError, with the nearest remedy, where it does not fit."""
     total, peak = memory_of(s.gpu), peak_of(s.gpu, s.dtype)
     s.split_batch(s.world_size)
-    source = shape_of(s)
-    if s.init_from and s.seq_len > source.max_seq_len:
-        raise ValueError(f"seq_len = {s.seq_len}: {s.init_from} was made for {source.max_seq_len} tokens at most")
+    source, data = shape_of(s), data_of(s)
+    if s.init_from:
+        if data and model_directory(s.init_from):
+            check_tokenizer(s.init_from, source, data)
+        if s.seq_len > source.max_seq_len:
+            raise ValueError(f"seq_len = {s.seq_len}: {s.init_from} was made for {source.max_seq_len} tokens at most")
     if target := s.target_shape(source):
         check_target(source, target)
     cut_at = s.cut_at if target else s.steps  # until then the source is trained, and then the target
@@ -361,7 +361,7 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     row("  all", "".join(f"{sum(shape.values()):>16,}" for shape in shapes))
     row("training", f"{s.steps:,} steps of {s.batch_size} x {s.seq_len:,} tokens: {work.tokens:,} tokens")
     known = f"{work.domains} domains" if work.domains > 1 else "one domain"
-    if work.domains == 1 and not (Path(s.data) / "meta.json").is_file():
+    if work.domains == 1 and not data:
         known += f" ({s.data} is not there)"
     times = f"{work.evaluations:,} times {s.eval_sequences} sequences"
     row("evaluation", f"{times} of {known}: {work.eval_tokens:,} tokens")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from plumbing import randomness
 from plumbing.dataset import TokenData
+from plumbing.settings import Settings
 from plumbing.transfer import send
 
 
@@ -17,6 +18,20 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # (b, T+1) int64
     domain: Tensor  # (b,) int64, index of each sequence's domain
     gate_sample: int
+
+
+def open_data(s: Settings) -> TokenData:
+    """The data set of a run. ValueError unless the settings name its domains, and each has enough text to be
+    evaluated."""
+    data = TokenData(s.data, s.domains or None)
+    for name, given in (("ratio", s.ratio), ("reference_losses", s.reference_losses)):
+        if given and set(given) != set(data.domains):
+            raise ValueError(
+                f"{name} must name the domains {', '.join(data.domains)}, not {', '.join(map(str, given))}"
+            )
+    for domain in data.domains:
+        data.eval_sequences(domain, "val", s.seq_len, 1)
+    return data
 
 
 class BatchReader:

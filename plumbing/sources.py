@@ -11,7 +11,7 @@ import torch
 
 from model import LlamaConfig, read_config
 from plumbing import checksums, cost, parallel
-from plumbing.data import BatchReader, TokenData
+from plumbing.data import BatchReader, TokenData, open_data
 from plumbing.log import say
 from plumbing.models import check_tokenizer, data_position, digest, directory_of, export_dtype
 from plumbing.run import Run
@@ -37,8 +37,7 @@ def open_sources(s: Settings, device: torch.device) -> Sources | None:
     run = Run(s.out, asdict(s), FREE, s.resume)
     gone = not (Path(s.data).exists() and Path(s.init_from).exists())
     if not (run.finished and gone):  # a finished run does not need what it was made of
-        data = TokenData(s.data, s.domains or None)
-        check_domains(s, data)
+        data = open_data(s)
         run.check_content({"data": data.digest} | ({"init_from": digest(s.init_from)} if s.init_from else {}))
     if run.finished:
         say(f"{run.path / 'model'} is finished already")
@@ -64,17 +63,6 @@ def open_sources(s: Settings, device: torch.device) -> Sources | None:
         reference = directory_of(s.reference_model)
         checksums.check(reference)
     return Sources(run, reader, shape, None if run.state else start, reference, dtype, from_the_beginning)
-
-
-def check_domains(s: Settings, data: TokenData) -> None:
-    """ValueError unless the settings name the domains of the data, and each has enough text to be evaluated."""
-    for name, given in (("ratio", s.ratio), ("reference_losses", s.reference_losses)):
-        if given and set(given) != set(data.domains):
-            raise ValueError(
-                f"{name} must name the domains {', '.join(data.domains)}, not {', '.join(map(str, given))}"
-            )
-    for domain in data.domains:
-        data.eval_sequences(domain, "val", s.seq_len, 1)
 
 
 def model_shape(s: Settings, name: str, data: TokenData) -> LlamaConfig:
