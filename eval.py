@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 from model import Gates, KVCache, Llama
 from plumbing import parallel
-from plumbing.command_line import Parser, check_output, check_utf8, command, number, user_errors, write_whole
+from plumbing.command_line import Parser, check_utf8, command, number, user_errors
 from plumbing.continuation import answer, encode, make_or_read, start_of_text, write_all
 from plumbing.data import TokenData
 from plumbing.dataset import DamagedData
 from plumbing.models import check_tokenizer, load_model
+from plumbing.output import check_output, write_whole
 from plumbing.tables import answer_table, loss_table, time_left
 from plumbing.tokenizer import Tokenizer, load_tokenizer
 

@@ -32,8 +32,9 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from dro import COLLECT_FROM, PREDICT_FROM, RATIO_FROM
-from plumbing.command_line import Parser, check_output, command, one_line, user_errors
+from plumbing.command_line import Parser, command, one_line, user_errors
 from plumbing.metrics import Metrics, get, latest, read_metrics, series
+from plumbing.output import check_output
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, no yellow
 MARKERS = ["", "o", "s", "^", "D", "v", "X", "P"]  # the eighth to the fourteenth line have circles, the next squares

@@ -81,18 +81,6 @@ def tell_torchrun(line: str) -> None:
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that it is always whole: on a full disk what was there before stays. OSError names it."""
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, str(file)) from None
-
-
 def command(main: Callable[[], None]) -> None:
     """Run a command. It ends in silence where nobody reads its output any more, as in `train.py --help | head`, and in
     one line after Ctrl-C and what `known_failure` knows."""
@@ -313,19 +301,6 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
         return value
 
     return read
-
-
-def check_output(file: Path) -> None:
-    """ValueError unless a file can be written there, or its directories made first: called before the work is done."""
-    if file.is_dir():
-        raise ValueError(f"{file}: this is a directory, the path of a file is needed")
-    if len(os.fsencode(file.name)) > 255:
-        raise ValueError(f"{file}: the name of a file has at most 255 bytes")
-    there = next(path for path in (file, *file.absolute().parents) if path.exists())
-    if there != file and not there.is_dir():
-        raise ValueError(f"{file}: {there} is not a directory")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{file}: {there} cannot be written")
 
 
 def coerce(value: Any, kind: type) -> Any:

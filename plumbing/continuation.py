@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from model import Llama
 from plumbing import parallel, randomness
-from plumbing.command_line import check_output, write_whole
 from plumbing.data import TokenData
 from plumbing.dataset import folder_of
+from plumbing.output import check_output, write_whole
 from plumbing.records import QuestionLine, parse
 from plumbing.tables import time_left
 from plumbing.tokenizer import Tokenizer

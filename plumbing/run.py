@@ -29,7 +29,7 @@ from torch import nn
 from masks import PruningMasks, check_target
 from model import LlamaConfig
 from plumbing import checkpoint, checksums, parallel, records
-from plumbing.command_line import write_whole
+from plumbing.output import write_whole
 
 OF_THE_CHOICE = {"gates", "settle_at", "fade"}  # settings that say what is kept, with the target's shape
 KNOWN_BY_CONTENT = {"data", "init_from"}  # settings that name files, which may move: `digests` tell what they hold

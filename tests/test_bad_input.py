@@ -27,7 +27,7 @@ import eval
 import plot
 import prepare_data
 import train
-from plumbing import command_line
+from plumbing import command_line, output
 from plumbing.settings import Settings
 
 MAINS = {"train": train.main, "eval": eval.main, "plot": plot.main, "prepare_data": prepare_data.main}
@@ -563,7 +563,7 @@ def test_what_is_nobodys_mistake_is_one_line(error, status, words, capsys):
 
 def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, monkeypatch):
     file = tmp_path / "eval.json"
-    command_line.write_whole(file, "first")
+    output.write_whole(file, "first")
 
     def full(self, text, **options):
         with open(self, "w") as half:
@@ -572,7 +572,7 @@ def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match=re.escape(str(file))):
-        command_line.write_whole(file, "second")
+        output.write_whole(file, "second")
     assert file.read_bytes() == b"first" and list(tmp_path.iterdir()) == [file]
 
 
