@@ -39,9 +39,9 @@ from plumbing.command_line import command, load, user_errors
 from plumbing.data import BatchReader, TokenData
 from plumbing.dataset import DamagedData
 from plumbing.log import Log, Meter, give_up, say
-from plumbing.models import directory_of, model_directory, save_model
+from plumbing.models import directory_of, save_model
 from plumbing.parallel import Engine
-from plumbing.run import Run, flush, newest_checkpoint
+from plumbing.run import Run, newest_checkpoint
 from plumbing.settings import Settings
 from plumbing.sources import open_sources
 
@@ -178,14 +178,13 @@ class Trainer:
         if masks and s.settles:
             choices.settle_(masks)
         z = masks.deterministic(at_target=True) if masks else None
-        with parallel.together():
+        with user_errors(ValueError), parallel.together():  # the directory of the source may be damaged by now
             if parallel.is_first():
                 model, kept = Llama.of_weights(self.model.config, whole), self.kept
                 if masks:
                     masks.cpu()  # as the weights are
                     kept, model = choices.describe(masks), extract(model, masks)
-                origin = model_directory(s.init_from) if s.init_from else None
-                save_model(directory, model, kept, origin, self.reader, getattr(torch, s.export_dtype))
+                save_model(directory, model, kept, s.init_from, self.reader, getattr(torch, s.export_dtype))
                 del model
         del whole
         # weights that are not finite, after the last step or in the dtype of the export
@@ -193,7 +192,6 @@ class Trainer:
             small = make(read_config(directory), directory, checkpoint_layers=False, compiled=False)
         log.end(validation_losses(s, small, self.reader.data), small.config, z)
         if parallel.is_first():
-            flush(directory)
             directory.rename(run.path / "model")
 
 
@@ -263,6 +261,7 @@ def cut(trainer: Trainer, run: Run, log: Log, make: Callable[..., Llama], step: 
         choices.settle_(masks)
         cutting.write(path, trainer.tree, trainer.optimizer, masks)
         trainer.engine.release()
+        trainer.optimizer.state.clear()  # our caller still holds the large model: only its weights stay
         small = Trainer(s, make(masks.target, path / cutting.WEIGHTS), None, trainer.reader, trainer.mixture)
         cutting.read_moments(path, small.model, small.optimizer, step)
     small.kept = choices.describe(masks)
@@ -315,6 +314,8 @@ def set_up(s: Settings) -> tuple[Trainer, Run, Log, Callable[..., Llama]] | None
         if sources.reference:
             reference_model = parallel.read_model(sources.reference, device, **sharding)
 
+    with parallel.together():
+        run.check_processes()
     if masks:
         masks.load_state_dict(parallel.from_first(masks.state_dict()))
         masks.to(device)
@@ -343,9 +344,8 @@ def main():
         s = load(Settings, sys.argv[1:])
         if s.dry_run:
             return cost.dry_run(s, rehearse)
-        what = set_up(s)
-    if what is None:
-        return
+        if (what := set_up(s)) is None:
+            return
     trainer, run, log, make = what
     del what  # after a cut, nothing may hold the large model
     first = run.state["step"] if run.state else 0

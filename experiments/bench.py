@@ -42,7 +42,7 @@ from plumbing import checkpoint, products  # noqa: E402
 from plumbing.command_line import Parser, user_errors  # noqa: E402
 from plumbing.cost import flops_per_token  # noqa: E402
 from plumbing.data import BatchReader, TokenData  # noqa: E402
-from plumbing.run import flush  # noqa: E402
+from plumbing.output import flush  # noqa: E402
 from plumbing.settings import Settings  # noqa: E402
 from plumbing.tokenizer import load_tokenizer  # noqa: E402
 from prepare_data import prepare  # noqa: E402
@@ -298,7 +298,7 @@ def bench_checkpoint(table: Table, args) -> None:
             return path
 
         functions = {
-            "save": lambda: (checkpoint.save(tree, optimizer, new(ours)), flush(ours)),
+            "save": lambda: checkpoint.save(tree, optimizer, new(ours)),
             "write": lambda: ((new(plain) / "bytes").write_bytes(content), flush(plain)),
             "load": lambda: checkpoint.load(tree, ours, optimizer),
             "read": lambda: (plain / "bytes").read_bytes(),

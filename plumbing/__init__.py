@@ -2,7 +2,7 @@
 
 settings      the settings of a run: what they are, what they may be
 command_line  config files and options to values; how a mistake ends
-output        a file that a command writes: checked before the work, written whole
+output        files that a command writes: checked before the work, written whole, held by the disk
 records       the shape of every JSON file that is read, and the reader that holds a file against it
 sources       what a run is made of, opened and found to be right
 randomness    the random streams: what each is for, what it is keyed by

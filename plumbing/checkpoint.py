@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from plumbing import checksums, parallel, records
 from plumbing.huggingface import write_tensors
+from plumbing.output import flush
 from plumbing.parallel import local, my_rows
 
 FIRST_ROWS = "first_rows"  # the key in a file's header: name -> number of the first row, as JSON
@@ -80,6 +81,7 @@ def write(content: dict, path: Path, group) -> None:
     with parallel.together(group):
         if parallel.is_first():
             checksums.write(path, {name: checksum for one in everyones for name, checksum in one.items()})
+            flush(path)
 
 
 # -- reading --------------------------------------------------------------------------------------------------------

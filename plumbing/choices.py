@@ -7,7 +7,8 @@
     --gates=FILE          what another run kept, by its pruning.json
 
 A choice is made in two steps: give each structure a score, then keep those with the highest scores, as many as the
-target shape has. activation and taylor look at some batches of training text, and give each layer one score.
+target shape has. activation and taylor measure their scores on some batches of training text. All is scored once, on
+the whole model, before anything goes.
 
     python train.py config/toy_prune.py --gates=magnitude
 

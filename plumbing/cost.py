@@ -28,7 +28,7 @@ from model import LOGITS_AT_ONCE, LlamaConfig, read_config
 from plumbing import choices, parallel
 from plumbing.command_line import load
 from plumbing.data import MicroBatch, TokenData, open_data
-from plumbing.models import check_tokenizer, model_directory
+from plumbing.models import check_tokenizer, directory_of, model_directory
 from plumbing.settings import Settings
 
 GIB = 2**30
@@ -107,22 +107,29 @@ def memory_of(name: str) -> float:
     raise ValueError(f"gpu = '{name}' is not one of {', '.join(GPUS)}, and no memory size such as 24GB")
 
 
-def shape_of(s: Settings) -> LlamaConfig:
-    """Shape of the model that a run starts from: from scratch, of a model directory or run, or, where that is not there
-    yet, a published one or what its config will make."""
-    if not s.init_from:
-        data = data_of(s)
-        return s.shape_from_scratch(data.vocab_size if data else BYTES)
-    if (directory := model_directory(s.init_from)) is not None:
+def shape_of(s: Settings, above: tuple[str, ...] = ()) -> LlamaConfig:
+    """Shape of the model that a run starts from. above: the configs whose runs start from this one's model."""
+    if s.init_from:
+        return known_shape(s.init_from, above)
+    data = data_of(s)
+    return s.shape_from_scratch(data.vocab_size if data else BYTES)
+
+
+def known_shape(model: str, above: tuple[str, ...] = ()) -> LlamaConfig:
+    """Shape of the model in a model directory or run, or, where that is not there yet, of a published one, or of what
+    the config of this name will make. ValueError where none of these is known."""
+    if (directory := model_directory(model)) is not None:
         return read_config(directory)
-    name = Path(s.init_from).name
+    name = Path(model).name
     if name in PUBLISHED:
         return PUBLISHED[name]
     config = Path(__file__).parent.parent / "config" / f"{name}.py"
-    if not config.is_file():
-        raise ValueError(f"{s.init_from}: no such model or run, and its shape is not known either")
+    if name in above or not config.is_file():
+        if Path(model).exists():
+            directory_of(model)  # raises a ValueError, which says what is there instead
+        raise ValueError(f"{model}: no such model or run, and its shape is not known either")
     before = load(Settings, [str(config)])
-    source = shape_of(before)
+    source = shape_of(before, (*above, name))
     return before.target_shape(source) or source
 
 
@@ -248,13 +255,15 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     for kind, n_bytes in snapshot.items():
         if kind != "Total":
             result[KINDS.get(kind.value, "activations")] += n_bytes
-    # before the first step of a choice there is the source, and beside it one after the other of these
-    whole, target = 0, s.target_shape(source)
+    # outside of the steps there is the source, and beside it one after the other of these, in float32
+    target, beside = s.target_shape(source), [0.0]
+    if s.reference_model:
+        beside.append(known_shape(s.reference_model).n_params() / n)
     if target and s.gates != "learned":
-        copy = source.n_params() if n > 1 and s.gates in choices.OF_MODEL else 0  # whole, beside its shards
-        buckets = source.n_params() if processes > n else 0  # DDP's
-        reference = source.n_params() / n if s.reference_model else 0
-        whole = 4 * (source.n_params() / n + max(copy, buckets, reference, target.n_params() / n))
+        beside.append(source.n_params() if n > 1 and s.gates in choices.OF_MODEL else 0)  # whole, beside its shards
+        beside.append(source.n_params() if processes > n else 0)  # DDP's buckets
+        beside.append(target.n_params() / n)
+    whole = 4 * (source.n_params() / n + max(beside))
     if whole > snapshot["Total"]:
         return dict.fromkeys(ROWS, 0.0) | {"weights": whole, "all": whole}
     return {**result, "all": snapshot["Total"]}
@@ -339,11 +348,12 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     total, peak = memory_of(s.gpu), peak_of(s.gpu, s.dtype)
     s.split_batch(s.world_size)
     source, data = shape_of(s), data_of(s)
-    if s.init_from:
-        if data and model_directory(s.init_from):
-            check_tokenizer(s.init_from, source, data)
-        if s.seq_len > source.max_seq_len:
-            raise ValueError(f"seq_len = {s.seq_len}: {s.init_from} was made for {source.max_seq_len} tokens at most")
+    for model in filter(None, (s.init_from, s.reference_model)):
+        shape = known_shape(model)
+        if data and model_directory(model):
+            check_tokenizer(model, shape, data)
+        if s.seq_len > shape.max_seq_len:
+            raise ValueError(f"seq_len = {s.seq_len}: {model} was made for {shape.max_seq_len} tokens at most")
     if target := s.target_shape(source):
         check_target(source, target)
     cut_at = s.cut_at if target else s.steps  # until then the source is trained, and then the target
@@ -354,6 +364,8 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     work, train_flops = work_of(s, source), flops_per_token(trained, s.seq_len)
     recomputed = flops_per_token(trained, s.seq_len, backward=False) if s.activation_checkpointing else 0.0
 
+    if not data and source.vocab_size == BYTES:
+        row("vocabulary", f"{BYTES}, that of byte tokens: {s.data} is not there")
     shapes = [parts(c) for c in (source, target) if c]
     row("parameters", "".join(f"{name:>16}" for name in ("source", "target")[: len(shapes)]))
     for part in shapes[0]:

@@ -58,7 +58,7 @@ def check_domains(asked: list[str], there: Collection[str], where: object):
             hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(there))}"
             raise ValueError(f"{where}: no domain {domain}{hint}")
     if not asked or len(set(asked)) < len(asked):
-        raise ValueError(f"{where}: the domains asked for must be at least one, each once: {asked}")
+        raise ValueError(f"{where}: name at least one domain, and none of them twice: {asked}")
 
 
 class DamagedData(ValueError):

@@ -22,6 +22,7 @@ from model import Llama, LlamaConfig
 from plumbing import checkpoint, checksums, choices, records
 from plumbing.data import BatchReader, TokenData
 from plumbing.huggingface import stored_dtype
+from plumbing.output import flush
 from plumbing.parallel import check_finite
 from plumbing.run import find_checkpoint, newest_checkpoint, read_state, shapes_of
 from plumbing.tokenizer import files_of_tokenizer, fingerprint, load_tokenizer, sentencepiece_only, tokenizer_file
@@ -157,11 +158,12 @@ def export_dtype(setting: str, source: Path | None) -> str:
 
 
 def save_model(
-    path: Path, model: Llama, kept: dict | None, origin: Path | None, reader: BatchReader, dtype: torch.dtype
+    path: Path, model: Llama, kept: dict | None, source: str, reader: BatchReader, dtype: torch.dtype
 ) -> None:
-    """Write a model directory, in `dtype`, with pruning.json (which indices were kept), the tokenizer files of `origin`
-    or, where it has none that can be read, those that the data were prepared with, trained_with.json (which tokenizer,
-    and which sequences of which data), and the checksums of all of them."""
+    """Write a model directory, in `dtype`, with pruning.json (which indices were kept), trained_with.json (which
+    tokenizer, and which sequences of which data), tokenizer files, and the checksums of all of them. The tokenizer is
+    that of `source`, the model that the run started from, or, where this has none that can be read, that of the data.
+    ValueError where the source is damaged."""
     data = reader.data
     shutil.rmtree(path, ignore_errors=True)
     model.save_pretrained(path, dtype)
@@ -169,6 +171,7 @@ def save_model(
     (path / TRAINED_WITH).write_text(json.dumps(trained_with))
     if kept is not None:
         (path / PRUNING).write_text(json.dumps(kept))
+    origin = model_directory(source) if source else None
     files = files_of_tokenizer(str(origin.absolute())) if origin else {}
     if "tokenizer.json" not in files:
         files = files_of_tokenizer(data.tokenizer) | files
@@ -177,3 +180,4 @@ def save_model(
     for name, file in files.items():
         shutil.copyfile(file, path / name)
     checksums.write(path)
+    flush(path)

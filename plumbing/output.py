@@ -1,4 +1,4 @@
-"""A file that a command writes: checked before the work is done, written whole at its end."""
+"""Files that a command writes: checked before the work is done, written whole at its end, and held by the disk."""
 
 import os
 from contextlib import suppress
@@ -28,3 +28,13 @@ def write_whole(file: Path, text: str) -> None:
         with suppress(OSError):
             partial.unlink()
         raise OSError(error.errno, error.strerror, str(file)) from None
+
+
+def flush(directory: Path) -> None:
+    """Have the disk hold all files of a directory, so that a power failure after its renaming loses nothing."""
+    for path in (*directory.iterdir(), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -58,9 +59,8 @@ def start(device: torch.device) -> torch.device:
             if name not in os.environ:
                 raise ValueError(f"WORLD_SIZE is set, but {name} is not: start it with torchrun")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if (
-            int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
-        ):  # every process sees this; the first one says so
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            # every process sees this; the first one says so
             raise ValueError(f"{torch.cuda.device_count()} GPUs here, fewer than --nproc_per_node")
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
@@ -68,7 +68,8 @@ def start(device: torch.device) -> torch.device:
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # gloo beside nccl: what the hosts have to agree on must not wait for the devices
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    # the first process may read and score a large model for longer than the default half an hour
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
     return device
 
 

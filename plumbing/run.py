@@ -98,16 +98,6 @@ def shapes_of(state: dict) -> tuple[LlamaConfig, LlamaConfig | None]:
     return LlamaConfig(**source), None if target is None else LlamaConfig(**target)
 
 
-def flush(directory: Path) -> None:
-    """Have the disk hold all files of a directory, so that a power failure after its renaming loses nothing."""
-    for path in (*directory.iterdir(), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 class Run:
     """A run's directory. Nothing in it changes before `open`.
 
@@ -221,7 +211,9 @@ class Run:
         begun = (self.path / "config.json").exists()
         for name, known in (("model", begun and self.has_model), ("metrics.jsonl", begun or not self.has_log)):
             if os.path.lexists(self.path / name) and not known:
-                raise ValueError(f"{self.path / name} is not of a run that can go on, choose another --out")
+                raise ValueError(
+                    f"{self.path / name} is of no run that this command goes on with, choose another --out"
+                )
 
     def _changes(self, file: Path, before: dict) -> dict[str, tuple]:
         """What differs between the settings of a file and those of this run, without those that are free."""
@@ -286,6 +278,16 @@ class Run:
             its, mine = (", ".join(gates) or "nothing" for gates in (its, mine))
             raise ValueError(f"{self.checkpoint}: it has gates for {its}, and these settings need gates for {mine}")
 
+    def check_processes(self) -> None:
+        """ValueError where a process has other settings or data than the first one, or another checkpoint: each machine
+        has its own command line and its own disk. Several processes must call it within `parallel.together`."""
+        step = {"the step of its newest checkpoint": self.state["step"] if self.state else None}
+        bound = {k: v for k, v in self.settings.items() if k not in self.free | KNOWN_BY_CONTENT}
+        mine = bound | {f"the content of {name}": digest for name, digest in self.digests.items()} | step
+        for what, first in parallel.from_first(mine).items():
+            if mine[what] != first:
+                raise ValueError(f"process {parallel.rank()}: {what} is {mine[what]!r}, and {first!r} in process 0")
+
     def open(self) -> None:
         """Make the directory and open the logs: everything was found to be right. From now on SIGTERM and Ctrl-C do not
         end the process: `interrupted` tells of them. OSError where nothing can be written, ValueError where another
@@ -304,8 +306,10 @@ class Run:
         if newest_checkpoint(self.path) not in (None, self.checkpoint):
             raise ValueError(f"{self.path}: another process has written checkpoints there meanwhile")
         self.timings = open(self.path / "timings.jsonl", "ab")
-        if os.path.lexists(self.path / "model"):  # of fewer steps; its checkpoint can make it again
-            remove(self.path / "model")
+        model, partial = self.path / "model", self.path / "model.partial"
+        if os.path.lexists(model):  # of fewer steps; its checkpoint can make it again
+            shutil.rmtree(partial, ignore_errors=True)
+            remove(model.rename(partial))  # what is half removed is no model
         write_whole(self.path / "config.json", json.dumps(self.settings, indent=2) + "\n")
         # what a dead run logged after its last checkpoint will be logged again
         length = self.state["metrics_bytes"] if self.state else 0
@@ -335,8 +339,6 @@ class Run:
         """Write a checkpoint, keep the newest `keep`. In the background, training goes on as soon as it is copied."""
         self.finish_save()
         final = self.path / "checkpoints" / f"step_{step:06d}"
-        if parallel.from_first(final.exists()):
-            return
         partial = final.with_name(final.name + ".partial")
         with parallel.together():
             if parallel.is_first():
@@ -361,20 +363,20 @@ class Run:
             return
         saving, partial, final, keep = self.pending
         if saving is not None:
-            if not wait and not saving.done():
+            if not wait and parallel.any_of(not saving.done()):  # one that fails must fail in the same step everywhere
                 return
             saving.result()
         self.pending = None
         if parallel.is_first():  # it ends its part of a save only after all others
-            flush(partial)
             partial.rename(final)
             for old in checkpoints(final.parent.parent)[:-keep]:
                 tidy_up(old)
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """A checkpoint that is still being written is a good one, however the run ends. What ends it is what is raised.
-        After other errors than SystemExit only this process may have ended: then there is nobody to wait for."""
+        """Finish a checkpoint that is still being written when the run ends. The error that ends the run is raised.
+        With several processes, an error other than SystemExit may have hit this one alone: then the checkpoint is not
+        finished, since the others would not take part."""
         try:
             yield
         except BaseException as error:

@@ -26,6 +26,8 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     folder, lock = (out.parent / f".{out.name}.{ending}" for ending in ("partial", "lock"))
     with locked(lock, f"{out}: another process is making it"):
+        if os.path.lexists(out):
+            raise ValueError(f"{out}: another process has just made it")
         try:
             if folder.exists():
                 shutil.rmtree(folder)
@@ -38,7 +40,7 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, complaint: str) -> Iterator[None]:
-    """Hold the lock of a file, which is made and, at the end, removed. It ends with the process, however that ends.
+    """Make a file, lock it, and remove it at the end. The lock ends with the process, also where that is killed.
     ValueError with the complaint where another process holds it."""
     with open(path, "w") as file:
         try:

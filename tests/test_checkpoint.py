@@ -387,6 +387,10 @@ def test_a_run_that_was_given_more_steps_is_not_finished(chain, tmp_path, monkey
     again = shutil.copytree(out["continue"], tmp_path / "again")
     mine = [f"--out={again}" if a.startswith("--out=") else a for a in args["continue"]]
     older = load_model(again).lm_head.weight
+    with monkeypatch.context() as killed:  # what is half removed is no model
+        killed.setattr(shutil, "rmtree", lambda *_, ignore_errors=False: ignore_errors or sys.exit(9))
+        assert run(killed, *mine, "--steps=50") == 9
+    assert not (again / "model").exists()
     assert run(monkeypatch, *mine, "--steps=50", "--stop_at=45") == 0
     with pytest.raises(ValueError, match="this run is not finished"):
         directory_of(str(again))

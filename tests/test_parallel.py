@@ -190,6 +190,17 @@ def test_a_mistake_is_one_line_of_ours(pruning, tmp_path):
     assert done.stderr == "train.py: batch_size = 9 must be a multiple of gate_samples = 4\n"
 
 
+def at_its_own_rate(*args):
+    script("train.py", *args, f"--lr={1 + int(os.environ['RANK'])}e-3")
+
+
+def test_processes_with_other_settings_do_not_train_together(pruning, tmp_path):
+    """As on two machines, of which each has its own command line: they would drift apart, and nobody would see it."""
+    done = fresh(at_its_own_rate, *pruning[0], f"--out={tmp_path / 'x'}", n=2)
+    assert done.returncode == 2 and not (tmp_path / "x").exists()
+    assert done.stderr == "train.py: process 1: lr is 0.002, and 0.001 in process 0\n"
+
+
 def test_too_few_gpus_are_known_to_all_processes(monkeypatch):
     """The one that says so has a GPU itself."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -453,7 +464,8 @@ def test_dry_run_of_a_cut_at_once_knows_the_source():
     shards = ("--world_size=2", "--parallel=fsdp")
     for more, bytes_each, beside in (
         (["--gates=random"], 4, small),
-        (["--gates=random", "--reference_model=x"], 8, 0),
+        (["--gates=random", "--reference_model=SmolLM2-135M"], 4, 4 * cost.PUBLISHED["SmolLM2-135M"].n_params()),
+        (["--reference_model=SmolLM2-135M"], 4, 4 * cost.PUBLISHED["SmolLM2-135M"].n_params()),
         (["--gates=taylor"], 4, small),
         (["--gates=taylor", "--world_size=2"], 8, 0),
         (["--gates=random", *shards], 2, small / 2),
@@ -469,10 +481,25 @@ def test_dry_run_looks_at_the_data(tiny_data, monkeypatch, capsys, tmp_path):
     run(monkeypatch, f"--data={tiny_data}", "--dry_run", "--steps=100", "--eval_interval=50", "--gpu=8GB")
     assert "of 3 domains: " in capsys.readouterr().out
     run(monkeypatch, f"--data={tmp_path}", "--dry_run", "--gpu=8GB")
-    assert f"of one domain ({tmp_path} is not there): " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"of one domain ({tmp_path} is not there): " in out
+    assert f"257, that of byte tokens: {tmp_path} is not there" in out
     Llama(LlamaConfig(257, 2, 32, 2, 2, 16, 64, 64)).save_pretrained(tmp_path / "m")
     assert run(monkeypatch, f"--init_from={tmp_path / 'm'}", "--target_n_layer=9", "--gates=random", "--dry_run") == 2
     assert "target n_layer = 9 is larger than the source's 2" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_a_model_that_is_not_known_is(monkeypatch, tmp_path):
+    """A config may start from a model of its own name, and a run may be there and not finished."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "mine.py").write_text("init_from = 'models/mine'\n")
+    monkeypatch.setattr(cost, "__file__", str(tmp_path / "plumbing" / "cost.py"))
+    with pytest.raises(ValueError, match="models/mine: no such model or run, and its shape is not known either"):
+        cost.known_shape("models/mine")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="this run is not finished"):
+        cost.known_shape(str(tmp_path / "begun"))
 
 
 def test_dry_run_of_ddp_knows_that_buckets_stay():

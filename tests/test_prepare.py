@@ -29,7 +29,7 @@ from plumbing.left_out import LeftOut
 from plumbing.settings import Settings
 from plumbing.shared import SharedText, sample_stretches
 from plumbing.tokenizer import load_tokenizer
-from plumbing.writer import DataWriter, Encoded
+from plumbing.writer import DataWriter, Encoded, whole_or_nothing
 from prepare_data import prepare
 
 
@@ -804,6 +804,15 @@ def test_killed_and_again(tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["d", "meta.json"] and not (out / "d" / "old").exists()
 
 
+def test_a_data_set_that_another_process_has_made_meanwhile_is_left_alone(tmp_path):
+    """It was not there when this process looked; that must be known before hours of work."""
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out: another process has just made it"):
+        with whole_or_nothing(tmp_path / "out"):
+            raise AssertionError
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_signals_leave_nothing(tmp_path, number):
     usual = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # under nohup, SIGHUP is ignored
@@ -991,7 +1000,7 @@ def test_mistakes_are_one_line(command, tmp_path, source, args, message):
         ([], {"domain_field": "meta.set"}, r"1 of 1 lines are bad, more than 1%: .*x.jsonl:1: no domain in the field"),
         ([b'{"text": "a"}'], {}, r"no domain has enough text .*raise --held_out or lower --window"),
         ([], {"domains": ["e"]}, r": no domain e; it has d"),
-        ([], {"domains": ["d", "d"]}, r"each once"),
+        ([], {"domains": ["d", "d"]}, r"none of them twice"),
         ([], {"seed": 2**63}, r"--seed: .* is out of range"),
         ([], {"held_out": 1.5}, r"--held_out: 1.5 is out of range"),
         ([], {"window": 0}, r"--window: 0 is out of range"),
