@@ -186,7 +186,8 @@ def main():
         return
     report = {"data": args.data, "split": args.split, "dtype": args.dtype}
     if args.asking:
-        report["models"] = answer(models, questions, args.batch_size, precision)
+        with user_errors(FloatingPointError):
+            report["models"] = answer(models, questions, args.batch_size, precision)
         print(answer_table(report["models"]))
     else:
         what = args.split, args.seq_len, args.sequences

@@ -31,7 +31,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from scipy.optimize import isotonic_regression
 
-from dro import COLLECT_FROM, PREDICT_FROM, RATIO_FROM
+from dro import COLLECT_FROM, MORE_POINTS_THAN, PREDICT_FROM, RATIO_FROM
 from plumbing.command_line import Parser, command, one_line, user_errors
 from plumbing.metrics import Metrics, get, latest, read_metrics, series
 from plumbing.output import check_output
@@ -77,10 +77,13 @@ def timeline(run: Metrics) -> dict[str, float]:
     """What the paper's two additions do -> from which share of the run on, as far as its schedule uses them."""
     marks = {}
     if run.info.get("dynamic_reference") and run.info.get("schedule") in ("sheared", "dro"):
-        marks |= {"points": COLLECT_FROM, "law": PREDICT_FROM}
+        marks["points"] = COLLECT_FROM
+        points = [e["step"] / run.info["steps"] for e in run.evals if e["step"] >= COLLECT_FROM * run.info["steps"]]
+        if len(points) > MORE_POINTS_THAN:
+            marks["law"] = max(PREDICT_FROM, points[MORE_POINTS_THAN])
     if run.info.get("dynamic_ratio") and run.info.get("schedule") == "dro":
         marks |= {"ratio": RATIO_FROM}
-    return marks
+    return dict(sorted(marks.items(), key=lambda mark: mark[1]))
 
 
 def new_figure(rows=1, columns=1, height=HEIGHT, **grid):
@@ -259,7 +262,7 @@ def loss_figure(run: Metrics) -> Figure:
     columns = min(4, (n + 1) // 2)
     rows = -(-n // columns)
     fig, grid = new_figure(rows, columns, height=max(HEIGHT, 2.1 * rows))
-    name = "validation loss" + (", gated model" if run.has_gates else "")
+    name = "validation loss" + (" (with gates, while there are any)" if run.has_gates else "")
     entries, excess = {"loss": entry(name, **RAW), "mean": entry("running mean")}, {}
     for ax, d in zip(grid.flat, run.domains):
         color, notes = look[d]["color"], []
@@ -287,7 +290,7 @@ def loss_figure(run: Metrics) -> Figure:
         if (end := get(run.end, "loss", d)) is not None:
             ax.plot(run.end["step"], end, "*", ms=14, color=color, gid="end", clip_on=False, zorder=3)
             notes.append(f"★ {end:.3f}")
-            entries["end"] = entry("extracted model" if run.has_gates else "end of the run", ls="", marker="*", ms=14)
+            entries["end"] = entry("finished model", ls="", marker="*", ms=14)
         else:
             notes.append(f"now {latest(run, 'loss', d):.3f}")
         zoom(ax)
@@ -430,7 +433,7 @@ def comparison_figure(runs: list[Metrics]) -> Figure:
     title(fig, f"{text} (domains in common: {len(domains)})")
     entries = [entry(f"{shorten(name, 44)} ({run.info['stage']})", **look[name]) for run, name in zip(runs, names)]
     entries += [entry(kind, ls=ls, lw=lw) for kind, (_, ls, lw) in kinds.items()]
-    legend(fig, [*entries, entry("end of the run", ls="", marker="*", ms=14)])
+    legend(fig, [*entries, entry("finished model", ls="", marker="*", ms=14)])
     return fig
 
 

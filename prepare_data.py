@@ -10,9 +10,10 @@ a .parquet file. Of documents that are exactly equal, one is kept (see `Seen`). 
 the tokenizer has one), the tokens of its text, and the token eot.
 
 A hash of a document's text decides its side: it belongs to train or to the held-out pool, never to both. The tokens of
-the pool are cut into windows, and the windows go to val and test in turn: two small sets of documents would differ a
-lot by chance. A domain of fewer than 20 .txt files, and nothing else, has too few documents for that. It is read in
-pieces of about a megabyte. Each gives its end, from the start of a line on, to the pool.
+the pool are cut into windows, and the windows go to val and test in turn. If whole documents were dealt out instead,
+the two sets would differ a lot by chance. A domain that has only .txt files, and fewer than 20, has too few documents
+for that. Its files are read in pieces of about a megabyte. The end of each piece, from the start of a line on, goes to
+the pool.
 
 Copies with small changes (licences, tables, pages that were collected twice) can stand on both sides. Then the held-out
 loss is too good. The last column of the table that is printed, `shared`, says how much of a domain's held-out text
@@ -92,6 +93,8 @@ def read_all(files: list[File], read: Callable, wanted: Callable, bar: tqdm) -> 
                 done = position
                 if wanted(domain):
                     yield domain, text, file.cut
+                elif file.domain is not None:  # of this domain there is enough
+                    break
         bar.update(size - done)
 
 
@@ -130,7 +133,7 @@ def select(files: list[File], read: Callable, options: dict, left_out: LeftOut, 
             yield Document(domain, number < options["held_out"] * 2**64, valid)
     if spoilt:
         left_out.notes.append(
-            f"{spoilt:,} documents hold U+FFFD for bytes that are no UTF-8, or ? for half a character"
+            f"{spoilt:,} documents hold U+FFFD, as for bytes that are no UTF-8, or ? for half a character"
         )
 
 
@@ -249,7 +252,9 @@ def prepare(
         max_mb = INSTALLED_MB if installed else 0
     check_arguments(installed, workers, held_out, window, seed, max_mb, domain_field)
     out, encoder = Path(out), load_tokenizer(tokenizer)
-    check_utf8(encoder.name, "--tokenizer ")  # meta.json will have it
+    check_utf8(encoder.name, "--tokenizer ")  # meta.json will have these
+    for name in [*(domains or []), domain_field or ""]:
+        check_utf8(name)
     folder = Path(source).resolve()
     options = {
         "source": source if installed else os.fsencode(folder).decode(errors="replace"),
@@ -472,16 +477,12 @@ def main():
             return
         if args["out"] is None:
             raise ValueError("--out is missing: the folder of the data set to make")
-        try:
-            made = prepare(**args)
-        except KeyboardInterrupt:
-            print("\nprepare_data.py: interrupted; nothing was written", file=sys.stderr)
-            sys.exit(130)
+        made = prepare(**args)
         data = TokenData(args["out"])
         print(table(data))
         for line in warnings_about(data.meta.get("shared", {})):
             print(line)
-        already = "" if made else ": already prepared; to take up text that has changed since, delete it"
+        already = "" if made else ": already prepared, with these options; if the text has changed, delete it first"
         print(f"{args['out']}{already}")
 
 

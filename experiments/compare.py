@@ -20,24 +20,19 @@ import itertools
 import json
 import os
 import re
-import sys
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from runs import ON_GPU, ROOT, demo_text, each, judged, test_losses, train
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from runs import ON_GPU, demo_text, each, judged, test_losses, train  # noqa: E402
-
-from plot import COLORS, STYLE, new_figure, read_metrics  # noqa: E402
-from plumbing.command_line import Parser, load, user_errors  # noqa: E402
-from plumbing.data import TokenData  # noqa: E402
-from train import Settings  # noqa: E402
+from plot import COLORS, STYLE, new_figure, read_metrics
+from plumbing.command_line import Parser, load, user_errors
+from plumbing.data import TokenData
+from train import Settings
 
 OUT, DOCS = Path("out/compare"), Path("docs/compare")
 PAPER = {"rho": 0.1, "temperature": 0, "delta": 0.1, "bound": 2, "dynamic_reference": False, "dynamic_ratio": False}

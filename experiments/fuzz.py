@@ -65,6 +65,8 @@ def examples(top: Path) -> dict:
     for name, more in (("source", []), ("run", [*PRUNE, "--eval_interval=1", f"--init_from={top / 'source'}"])):
         sys.argv = [*TRAIN, *more, "--steps=16", "--threads=1", f"--data={top / 'data'}", f"--out={top / name}"]
         train.main()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a run would end at its next step; this is to end at once
+        signal.signal(number, signal.default_int_handler)
     model, run, bpe = top / "source" / "model", top / "run", tokenizers.Tokenizer(tokenizers.models.BPE())
     Llama.from_pretrained(model).save_pretrained(top / "shards", max_shard_bytes=9000)
     (top / "tokenizer").mkdir()
@@ -168,7 +170,10 @@ def main():
     failures, total, saved = Counter(), 0, ROOT / "out" / "fuzz"
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
-            kinds = {kind: it for kind, it in examples(Path(folder)).items() if not args.kind or kind in args.kind}
+            known = examples(Path(folder))
+        if wrong := set(args.kind or ()) - known.keys():
+            parser.error(f"--kind {wrong.pop()} is not one of {', '.join(known)}")
+        kinds = {kind: it for kind, it in known.items() if not args.kind or kind in args.kind}
         for kind, (files, read) in kinds.items():
             read()  # what is not damaged is accepted
             whole, outcomes = {file: file.read_bytes() for file in files}, Counter()

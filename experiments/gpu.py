@@ -57,8 +57,8 @@ ROWS = [  # shape, gated, layers recomputed, layers compiled
 
 
 class Measured(cost.Rehearsal):
-    """Stands in for the batches and for the run on a real device. Takes the time of each of the last STEPS steps, and
-    counts how often the host waits in them."""
+    """Stands in for the batches and for the run on a real device. Takes the time of each of the last STEPS steps, in
+    which torch is to warn where the host waits."""
 
     device = torch.device("cuda")
 
@@ -70,7 +70,7 @@ class Measured(cost.Rehearsal):
                 parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1)
         for part in self.parts:
             part.tokens.random_(trainer.model.config.vocab_size)
-        self.began, self.waits = [], 0
+        self.began = []
 
     def next_batch(self, step: int, weights) -> "Measured":
         """The micro-batches of a step; ends the last of them."""

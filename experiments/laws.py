@@ -257,6 +257,8 @@ def histories() -> list[tuple[str, History]]:
     """What there is: name of the group, history."""
     found = []
     for path in sorted(OUT.glob("*.jsonl")):
+        if not (OUT / path.stem / "model").exists():
+            continue  # that run is not finished
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         plain = np.array([list(row["weights"].values()) for row in rows]).mean(-1)
         stage = path.stem.split("_")[0]

@@ -31,15 +31,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from runs import ON_GPU, ROOT, demo_text, each, test_losses, train
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from runs import ON_GPU, demo_text, each, test_losses, train  # noqa: E402
-
-from plot import COLORS, STYLE, new_figure  # noqa: E402
-from plumbing.command_line import Parser, user_errors  # noqa: E402
-from plumbing.metrics import read_metrics  # noqa: E402
+from plot import COLORS, STYLE, new_figure
+from plumbing.command_line import Parser, user_errors
+from plumbing.metrics import read_metrics
 
 OUT, DOCS = Path("out/pruning"), Path("docs/pruning")
 CHOICES = ["random", "magnitude", "activation", "taylor"]

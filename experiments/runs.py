@@ -11,6 +11,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for this file and those that import it
+
+from plumbing.command_line import load  # noqa: E402
+from plumbing.data import TokenData  # noqa: E402
+from plumbing.settings import Settings  # noqa: E402
+
 # a run takes a minute there, and a checkpoint of a real model is large
 ON_GPU = {"dtype": "bfloat16", "save_interval": 10**6} if torch.cuda.is_available() else {}
 
@@ -30,12 +36,21 @@ def demo_text(data: str) -> None:
 
 
 def train(out: Path, seed: int, *configs: str, **settings) -> None:
-    """One run, unless it is done, with whatever settings. OSError where it was stopped on the way."""
+    """One run, unless it is done, with whatever settings. OSError where it was stopped on the way, or where it was done
+    on another text than there is now."""
+    given = [f"--{key}={value}" for key, value in settings.items()]
     if not (out / "model").exists():
-        given = [f"--{key}={value}" for key, value in settings.items()]
         call("train.py", *configs, "--threads=1", f"--seed={seed}", f"--out={out}", *given)
     if not (out / "model").exists():
         raise OSError(f"{out} was stopped; the same command goes on with it")
+    check_text(out, load(Settings, [*configs, *given]).data)
+
+
+def check_text(out: Path, data: str) -> None:
+    """OSError unless a finished run has read this data set, as it is now: runs of two texts cannot be compared."""
+    read = json.loads((out / "model" / "trained_with.json").read_text())["reader"]["data"]
+    if read != TokenData(data).digest:
+        raise OSError(f"{out} has read another text than {data} has now; remove {out.parent}")
 
 
 def judged(model: str | Path, file: Path, data: str, *options: object) -> dict:

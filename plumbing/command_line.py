@@ -7,7 +7,8 @@ A config file is plain Python assignments of literals and arithmetic on them (`t
 not run, so it can do nothing but set values, and a misspelt key is an error instead of a silent default. Its text, the
 depth of an expression and the size of a number are limited, so reading it ends at once, whatever stands in it. The
 assignment `base = "other.py"` reads another config file of the same folder first. What is read later counts, also where
-it stands in the base of a later file. Every problem of the files and of the command line is reported at once.
+it stands in the base of a later file. All that cannot be read is reported at once; else all values that are out of
+range.
 
 `user_errors` is how every command of this project treats a mistake: one line on stderr, exit status 2.
 """
@@ -115,7 +116,8 @@ def known_failure(error: Exception) -> str | None:
     if any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__) or (
         "can't allocate memory" in str(error)
     ):
-        return "out of memory: train.py --dry_run says what a run needs, and which settings make it less"
+        of_run = ": --dry_run says what a run needs, and which settings make it less"
+        return "out of memory" + of_run * (Path(sys.argv[0]).name == "train.py")
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"torch.compile failed, try --compile False: {one_line(str(error), 300)}"
     return None

@@ -236,14 +236,17 @@ def answer(
     models: dict[str, Llama], questions: dict[str, list[EncodedQuestion]], batch_size: int, precision
 ) -> dict[str, dict[str, dict]]:
     """Model name -> domains and their average, each with accuracy and standard error. `precision()` is the context to
-    compute in."""
+    compute in. FloatingPointError names a model and a domain whose likelihoods are not finite."""
     choices = 2 * sum(len(asked) for asked in questions.values())
     results = {}
     for name, model in models.items():
         domains = {}
         with precision(), time_left(name, choices, "choices") as progress:
             for domain, asked in questions.items():
-                domains[domain] = accuracy(log_likelihoods(model, asked, batch_size, progress), asked)
+                means = log_likelihoods(model, asked, batch_size, progress)
+                if not np.isfinite(means).all():
+                    raise FloatingPointError(f"{name}: a likelihood of domain '{domain}' is not finite")
+                domains[domain] = accuracy(means, asked)
         results[name] = {"domains": domains, "average": average(domains)}
     return results
 

@@ -89,6 +89,8 @@ def text_files(top: Path, endings: tuple[str, ...], left_out: LeftOut) -> list[P
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        folders.sort()  # where two links lead to one folder, the first by name counts
+        names.sort()
         for name in [name for name in folders if is_foreign(name)]:
             left_out.add("hidden files and folders", Path(folder, name))
             folders.remove(name)

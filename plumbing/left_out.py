@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 MAX_BAD = 0.01  # there is an error if more than this share of the lines is bad, or of the files cannot be read
 EARLY = 1000  # bad lines from which on the share of the lines read so far is enough for that
 SHOWN = 3  # places that are named for each reason
-BAD_LINES, BAD_FILES = "bad lines", "files that cannot be read (to the end)"
+BAD_LINES, BAD_FILES = "bad lines", "files that cannot be read, or only in part"
 
 
 class TooMuchLeftOut(ValueError):

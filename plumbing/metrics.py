@@ -35,7 +35,7 @@ class Metrics:
 
     @property
     def has_gates(self) -> bool:
-        """Whether the run learns what to prune."""
+        """Whether the run has gates, learned or not."""
         return self.info.get("target") is not None
 
 

@@ -1,4 +1,4 @@
-"""What stands in each JSON file that is read: the shape of each, and one reader that holds a file against its shape.
+"""The shape of each JSON file that is read, and one reader that checks a file against its shape.
 
     meta.json                      Meta           a prepared data set (writer.py)
     config.json of a model         ModelConfig    Hugging Face's keys (huggingface.py)

@@ -141,14 +141,14 @@ class Settings:
     floor: Annotated[
         float,
         Limits(0, 0.999),
-        "a domain that would get less is lifted to this share of its reference ratio; then the weights are made to sum "
-        "to 1",
+        "smallest weight of a domain, as a part of its share in the reference ratio; a lower weight is lifted to it, "
+        "then all are made to sum to 1",
     ] = 0.2
     temperature: Annotated[
         float,
         NOT_NEGATIVE,
-        "a domain's weight rises by at most its share in the reference ratio for every so many nats of excess (loss "
-        "minus reference loss); 0 means no limit, as in the paper",
+        "so many nats of excess (loss minus reference loss) raise a domain's weight by at most its share in the "
+        "reference ratio: the larger, the smaller the moves; 0 means no limit, as in the paper",
     ] = 0.2
     delta: Annotated[float, SHARE, "how fast the reference ratio follows the weights; 0.1 in the paper"] = 0.5
     bound: Annotated[

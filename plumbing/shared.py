@@ -3,7 +3,7 @@
 A loss on text that was trained on measures memory. Exact duplicates never stand on both sides, but copies with small
 changes may: licences, headers, tables. The measure is the share of the held-out text's *stretches* that occur in train.
 A stretch is 100 bytes in a row within a document; one starts at each byte. Each stretch has a hash, and those with a
-small hash are the sample. So a stretch is in the sample, or is not, wherever it stands.
+small hash are the sample. Equal stretches have equal hashes, so each is in the sample everywhere, or nowhere.
 
 The hash of the stretch that starts at byte i is sum_j x[i + j] B^j modulo 2^64, with a large odd B. A cumulative sum
 of x[j] B^j gives the hashes of all stretches: a difference of two of its values is the hash times B^i.

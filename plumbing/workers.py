@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 def map_in_order(function: Callable, items: Iterable, workers: int, make: Callable, *args) -> Iterator:
     """function(tool, item) for each item. The tool is make(*args), which each process calls once.
 
-    At most 2 * workers items wait, so that memory does not grow with the data. ValueError if a process dies.
+    A few items for each worker wait, so that memory does not grow with the data. ValueError if a process dies.
     """
     context = multiprocessing.get_context("spawn")  # the same everywhere, and safe beside other libraries' threads
     pending = deque()

@@ -376,6 +376,8 @@ TABLE = [
     ("a seed beyond 64 bits", "sample --seed=2**64", None, "argument --seed: a whole number must be below 2**63"),
     ("all questions", "eval out/source --continuation --sequences=0", None, "questions need a number"),
     ("results in a directory", "eval out/source --json=out", None, "out: this is a directory"),
+    ("results that are no file", "eval out/source --json=/dev/null", None, "/dev/null: this is no ordinary file"),
+    ("results of a long name", "eval out/source --json=" + "x" * 250, None, "has at most 247 bytes"),
     ("results below a file", "eval out/source --json=eval.json/x.json", None, "eval.json is not a directory"),
     ("questions in place of text", "ask asked/sums.jsonl --write_questions=.", write("sums.jsonl", "a"), "a question"),
     ("equal choices", "ask q.jsonl", write("q.jsonl", Q.replace('"c"', '"b"')), "q.jsonl:1: the two choices are"),
@@ -418,6 +420,7 @@ TABLE = [
     ("no workers", "prepare_data text --workers=0", None, "workers"),
     ("a million workers", "prepare_data text --workers=1000000", None, "workers: 1000000 is out of range"),
     ("an infinite limit", "prepare_data text --max_mb=inf", None, "max_mb"),
+    ("domains that are no UTF-8", "prepare_data text --domain_field=d --domains=b\udcfc", None, "is no UTF-8 text"),
     ("a limit of nan", "prepare_data text --max_mb=nan", None, "max_mb"),
     ("a seed below 0", "prepare_data text --seed=-1", None, "seed"),
     ("a seed of 10**400", "prepare_data text --seed=10**400", None, "seed"),
@@ -549,7 +552,11 @@ def test_no_room_for_the_output(monkeypatch, capfd):
         (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("no g++"), None), 1, "try --compile False"),
     ],
 )
-def test_what_is_nobodys_mistake_is_one_line(error, status, words, capsys):
+def test_what_is_nobodys_mistake_is_one_line(error, status, words, capsys, monkeypatch):
+    """The dry run knows what train.py needs, and nothing of other commands."""
+    name = "eval.py" if isinstance(error, MemoryError) else "train.py"
+    monkeypatch.setattr(sys, "argv", [name])
+
     def main():
         raise error
 
@@ -557,13 +564,15 @@ def test_what_is_nobodys_mistake_is_one_line(error, status, words, capsys):
         command_line.command(main)
     said = capsys.readouterr().err.strip()
     assert end.value.code == status and words in said and "\n" not in said
+    assert ("--dry_run" in said) == (words == "out of memory" and name == "train.py")
     with pytest.raises(RuntimeError, match="our own"):  # which keeps its traceback
         command_line.command(lambda: (_ for _ in ()).throw(RuntimeError("our own")))
 
 
 def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, monkeypatch):
-    file = tmp_path / "eval.json"
-    output.write_whole(file, "first")
+    file, link = tmp_path / "eval.json", tmp_path / "link"
+    link.symlink_to(file)
+    output.write_whole(link, "first")
 
     def full(self, text, **options):
         with open(self, "w") as half:
@@ -573,7 +582,7 @@ def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match=re.escape(str(file))):
         output.write_whole(file, "second")
-    assert file.read_bytes() == b"first" and list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == b"first" and sorted(tmp_path.iterdir()) == [file, link] and link.is_symlink()
 
 
 def test_torchruns_report_ends_with_our_line(tmp_path, monkeypatch, capfd):

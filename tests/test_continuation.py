@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ import torch
 import transformers
 from conftest import DOMAINS, grammar_text
 from test_eval import run
+from test_model import random_llama
 
-from model import Llama
+from model import Llama, LlamaConfig
 from plumbing.continuation import (
     LENGTH,
     PREFIX,
     Question,
     accuracy,
+    answer,
     encode,
     log_likelihoods,
     make_questions,
@@ -253,6 +256,17 @@ def test_accuracy_and_its_error():
     result = accuracy(np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [-5.0, -1.0]]), questions)
     assert result["accuracy"] == 0.75 and result["answers"] == [0, 1, 1, 1]
     assert result["standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+
+
+def test_a_model_that_is_broken_gets_no_accuracy(tiny_data):
+    """NaN would be an answer like any other: about half of these would be right."""
+    model = random_llama(LlamaConfig(257, 1, 16, 1, 1, 16, 16, 256))
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.inf)
+    questions = make_questions(TokenData(tiny_data), load_tokenizer("byte"), "sums", "train", 4, seed=0)
+    asked = {"sums": [encode(load_tokenizer("byte"), q) for q in questions]}
+    with pytest.raises(FloatingPointError, match="broken: a likelihood of domain 'sums' is not finite"):
+        answer({"broken": model}, asked, 4, nullcontext)
 
 
 def test_files_of_questions(tmp_path):

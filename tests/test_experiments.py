@@ -4,6 +4,7 @@ import json
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ def test_runs_of_a_case_differ_in_their_schedule_alone(monkeypatch, tmp_path):
             command[-1].write_text(json.dumps(nothing))
 
     monkeypatch.setattr(runs, "call", pretend)
+    monkeypatch.setattr(runs, "check_text", lambda out, data: None)
     toy = compare.CASES["toy"]
     for mixture in compare.MIXTURES:
         settings = {}
@@ -103,6 +105,7 @@ def test_seeds_have_their_own_source_and_what_is_done_is_not_done_again(monkeypa
             file.write_text('{"models": {"": {"domains": {}}}}')
 
     monkeypatch.setattr(runs, "call", pretend)
+    monkeypatch.setattr(runs, "check_text", lambda out, data: None)
     arguments = (compare.CASES["toy"], range(1, 3), ["skewed"], ["constant", "dro"], 1)
     compare.run_all(*arguments)
     trained = [str(word) for command in done for word in command if command[0] == "train.py" and "--out=" in str(word)]
@@ -246,6 +249,16 @@ def test_a_run_that_was_stopped_is_not_tested(monkeypatch, tmp_path):
         runs.train(tmp_path / "run", 0, "config/toy_prune.py")
 
 
+def test_a_run_of_another_text_is_not_compared(tiny_data, monkeypatch, tmp_path):
+    """The demo's text is made anew where it is gone, of whatever is installed then."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    data, record = TokenData(tiny_data).digest, tmp_path / "run" / "model" / "trained_with.json"
+    for read in (data, "another"):
+        record.write_text(json.dumps({"reader": {"data": read}}))
+        with nullcontext() if read == data else pytest.raises(OSError, match="run has read another text than"):
+            runs.train(tmp_path / "run", 0, "config/toy_prune.py", data=tiny_data)
+
+
 def test_rows_of_a_pruning_table_have_equal_settings(monkeypatch, tmp_path, capsys):
     """But for what their names say. A row with more seeds stays, if it is of the same source."""
     monkeypatch.chdir(ROOT)
@@ -269,6 +282,7 @@ def test_rows_of_a_pruning_table_have_equal_settings(monkeypatch, tmp_path, caps
             (out / "model/pruning.json").touch()
 
     monkeypatch.setattr(runs, "call", pretend)
+    monkeypatch.setattr(runs, "check_text", lambda out, data: None)
     command = ["pruning.py", "smollm2_short", "--jobs", "1", "--seeds"]
     assert call(monkeypatch, pruning.main, *command, "1") == 0
     usual = commands["smollm2_short_activation_at_one_stroke_0"]

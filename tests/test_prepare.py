@@ -301,6 +301,18 @@ def test_max_mb_is_a_limit_a_domain(tiny_corpus, tmp_path):
         assert set(documents_of(data, domain, "train")) - first
 
 
+def test_max_mb_ends_the_reading(tmp_path):
+    """What comes after it in a file is not read, be it gigabytes or damaged."""
+    for domain in ("a", "b"):
+        (tmp_path / "c" / domain).mkdir(parents=True)
+        lines, bad = jsonl([f"{domain} {i} a text " * 9 for i in range(500)]), b"no JSON\n" * 500
+        (tmp_path / "c" / domain / "x.jsonl").write_bytes(lines + bad)
+    with pytest.raises(ValueError, match="lines are bad"):
+        prepare(str(tmp_path / "c"), tmp_path / "all", window=64, held_out=0.2)
+    prepare(str(tmp_path / "c"), tmp_path / "out", window=64, held_out=0.2, max_mb=0.02)
+    assert TokenData(tmp_path / "out").domains == ["a", "b"]
+
+
 def test_nothing_half_written(tiny_corpus, tmp_path, monkeypatch):
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
 
@@ -857,7 +869,7 @@ def test_many_domains_where_few_files_may_be_open(tmp_path):
 
 def test_command_twice_and_with_other_options(command, tiny_corpus, tmp_path):
     args = [tiny_corpus, "--out", tmp_path / "a", "--window=128", "--held_out=0.1", "--workers=1"]
-    for already in ("", ": already prepared; to take up text that has changed since, delete it"):
+    for already in ("", ": already prepared, with these options; if the text has changed, delete it first"):
         status, out, error = command(*args)
         assert (status, error) == (0, "")
         assert out.endswith(f"{tmp_path / 'a'}{already}\n") and re.search(r"sums +1\d\d ", out)
@@ -911,6 +923,19 @@ def test_the_end_token_of_a_unigram_model_stays_text(tmp_path):
     assert unigram.eot == 2 and 2 not in ids and sizes.sum() == len(text)
     assert unigram.encode(text).tolist() == ids.tolist()
     assert unigram.encode("abc").tolist() == model.encode("abc").ids
+
+
+def test_an_end_token_that_is_a_letter_is_refused(tmp_path):
+    """Where such a tokenizer makes it of a text's letter, the text cannot be cut within it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {letter: i for i, letter in enumerate("?$abcdefghijklmnopqrstuvwxyz ")}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "$"}')
+    assert model.encode("a$b").ids[1] == letters["$"]
+    with pytest.raises(ValueError, match="'\\$' starts or ends each document"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_a_wrong_place_is_refused_before_the_work(tiny_corpus, tmp_path, monkeypatch):
