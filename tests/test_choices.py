@@ -7,7 +7,7 @@ import torch
 from test_masks import FIELDS, SOURCE, TARGET, random_masks
 from test_model import random_llama
 
-from masks import PruningMasks, kept_indices
+from masks import PruningMasks, extract, kept_indices
 from model import LlamaConfig
 from plumbing import choices
 
@@ -69,12 +69,39 @@ def test_a_description_chooses_the_same_again():
 def test_what_was_kept_is_described():
     masks = random_masks(SOURCE, TARGET)
     z, text = masks.deterministic(), choices.describe(masks)
+    shapes = {"layer": (2,), "hidden": (14,), "head": (4, 2), "ffn": (4, 21)}
     for granularity in FIELDS:
         gates = getattr(z, granularity)
         indices = torch.tensor(text[granularity]["kept"])
+        assert indices.shape == shapes[granularity]
         assert torch.equal(gates.nonzero()[:, -1], indices.flatten())
         torch.testing.assert_close(torch.tensor(text[granularity]["gates"]).flatten(), gates[gates != 0])
     assert text["source"]["n_layer"] == 4 and text["target"]["n_layer"] == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_magnitudes_are_what_extraction_takes_away(tied):
+    """The sum of the squares of all weights that go with a structure."""
+    source = replace(SOURCE, n_kv_head=2, head_dim=10, tie_embeddings=tied)
+    less = {
+        "layer": {"n_layer": 3},
+        "hidden": {"d_model": 23},
+        "head": {"n_head": 2, "n_kv_head": 1},
+        "ffn": {"d_ffn": 39},
+    }
+    llama = random_llama(source)
+    scores = choices.magnitude_scores(llama)
+
+    def squares(model):
+        return sum(p.double().square().sum().item() for p in model.parameters() if p.dim() == 2)
+
+    for name, change in less.items():
+        masks = PruningMasks(source, replace(source, **change), 0)
+        keep = torch.ones(getattr(masks, name).log_alpha.shape)
+        keep[..., 1] = 0
+        choices.choose_(masks, choices.Scores(**{name: keep}))
+        lost = squares(llama) - squares(extract(llama, masks))
+        assert getattr(scores, name)[..., 1].double().square().sum().item() == pytest.approx(lost, rel=1e-4), name
 
 
 def test_indices_that_are_no_choice_are_refused():

@@ -378,14 +378,39 @@ def test_a_domain_without_a_law_keeps_what_it_was_given():
     assert mixture.state["reference_is"] == ["predicted", "given"] and mixture.state["reference"][1] == 1.3
 
 
-def test_the_falling_rate_is_foreseen():
-    """Losses that fall with a cosine learning rate alone: the reference is where they end, long before."""
-    mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True)
+@pytest.mark.parametrize("law, b", [("rate", 0.4), ("paper", 0.0)])
+def test_a_law_knows_the_parameters_and_the_last_rate(law, b):
+    """Losses of eq. 4, while parameters go and the learning rate falls: the reference is where they end."""
+
+    def truth(k, params, rate):
+        return [0.3 * (params / 5e5) ** -0.8 * (k / 60) ** -0.4 + b * rate + e for e in (1.5, 2.0)]
+
+    mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True, law=law)
     for k in range(1, 31):
-        rate = 0.5 + 0.5 * np.cos(np.pi * k / 60)
-        losses = [2 + 0.2 * rate + 0.1 * k**-0.5, 1 + 0.2 * rate + 0.2 * k**-0.5]
-        update(mixture, k / 60, losses, [k, k], 1e6, [60, 60], 1e6, rate, 0.0)
-    assert mixture.state["reference"] == pytest.approx([2 + 0.1 * 60**-0.5, 1 + 0.2 * 60**-0.5], abs=0.02)
+        params, rate = 1.25e6 - 0.75e6 * min(k / 20, 1), 0.1 + 0.45 * (1 + np.cos(np.pi * k / 60))
+        update(mixture, k / 60, truth(k, params, rate), [1000 * k] * 2, params, [60_000] * 2, 5e5, rate, 0.1)
+    assert mixture.state["reference"] == pytest.approx(truth(60, 5e5, 0.1), abs=0.005)
+
+
+GIVEN = [(0.02, 0.5, 0.0), (5.0, 0.0, 0.7), (0.3, 0.4, 0.01)]  # rho, floor, temperature
+
+
+@pytest.mark.parametrize("rho, floor, temperature", GIVEN)
+def test_the_settings_of_a_run_reach_the_mathematics(rho, floor, temperature):
+    losses, reference, p = np.array([2.0, 1.5, 1.2]), np.array([1.4, 1.35, 1.1]), np.array(P)
+    settings = dict(rho=rho, floor=floor, temperature=temperature, dynamic_ratio=True, delta=0.9, bound=1.1)
+    mixture = Mixture(["a", "b", "c"], P, "dro", reference.tolist(), **settings)
+    update(mixture, 0.5, losses, [1] * 3, 1.0, [2] * 3, 1.0)
+    q = by_bisection(losses - reference, P, rho, floor, temperature)
+    assert mixture.weights == pytest.approx(q, rel=1e-6)
+    ratio = np.clip(0.9 * np.array(q) + 0.1 * p, p / 1.1, p * 1.1)
+    ratio = np.clip(ratio / ratio.sum(), 0.2, 0.5)
+    assert mixture.state["ratio"] == pytest.approx(ratio / ratio.sum())
+    for clip in (False, True):
+        mixture = Mixture(["a", "b", "c"], P, "sheared", [1.0, 1.6, 1.1], step_size=2.0, clip_excess=clip)
+        update(mixture, 0.5, losses, [1] * 3, 1.0, [2] * 3, 1.0)
+        w = p * np.exp(2 * np.array([1.0, 0.0 if clip else -0.1, 0.1]))
+        assert mixture.weights == pytest.approx(0.9999 * w / w.sum() + 1e-4 / 3)
 
 
 def test_a_domain_that_cannot_be_predicted_says_so_and_the_others_go_on():

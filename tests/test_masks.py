@@ -9,7 +9,7 @@ import torch
 import transformers
 from test_model import random_llama, relative
 
-from masks import HardConcrete, PruningMasks, extract, kept_indices, survivors
+from masks import HardConcrete, PruningMasks, extract, survivors
 from model import Gates, Llama, LlamaConfig
 from plumbing.choices import choose_, magnitude_scores
 
@@ -264,13 +264,20 @@ def test_norm_of_a_gated_model_sees_survivors_only():
     torch.testing.assert_close(norm(x, z)[..., z == 1], expected)
 
 
-def test_what_is_kept_are_the_gates_above_0():
-    masks = random_masks(SOURCE, TARGET)
-    kept, z = kept_indices(masks), masks.deterministic()
-    shapes = {"layer": (2,), "hidden": (14,), "head": (4, 2), "ffn": (4, 21)}
-    assert {granularity: tuple(indices.shape) for granularity, indices in kept.items()} == shapes
-    for granularity, indices in kept.items():
-        assert torch.equal(getattr(z, granularity).nonzero()[:, -1], indices.flatten())
+def test_on_the_way_each_row_keeps_as_many_as_it_expects():
+    """Rows differ: here one expects a tenth of its gates to survive, the other half of them and more."""
+    gates, ends = HardConcrete((2, 100), keep=50).double(), torch.tensor([-2.0, 0.5], dtype=torch.float64)
+    gates.log_alpha.data = ends[:, None] + torch.linspace(0, 1e-6, 100, dtype=torch.float64)
+    zeros = 100 * torch.sigmoid(2 / 3 * math.log(1 / 11) - ends)
+    assert (gates.deterministic() == 0).sum(-1).tolist() == zeros.round().tolist()
+
+
+def test_gates_are_drawn_independently():
+    """Also those of different granularities, as `expected_params` assumes."""
+    target = replace(SOURCE, n_layer=2, d_model=12, n_head=2, n_kv_head=2, d_ffn=20)
+    masks = PruningMasks(SOURCE, target, 0, log_alpha=0.0)
+    draws = [torch.cat([z.detach().flatten()[:4] for z in masks.sample(0, step, 0)]) for step in range(500)]
+    assert (torch.corrcoef(torch.stack(draws).T) - torch.eye(16)).abs().max() < 0.25
 
 
 IMPOSSIBLE = {

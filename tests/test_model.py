@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from scipy import stats
 
 import model as model_module
-from model import KVCache, Llama, LlamaConfig, RMSNorm
+from model import KVCache, Llama, LlamaConfig, RMSNorm, rope
 
 MHA = LlamaConfig(97, 3, 48, 4, 4, 12, 80, 64)
 SHAPES = {
@@ -112,3 +114,24 @@ def test_initial_weights_follow_the_seed_alone():
 @pytest.mark.parametrize("name", SHAPES)
 def test_n_params_counts_the_parameters(name):
     assert SHAPES[name].n_params() == sum(p.numel() for p in Llama(SHAPES[name]).parameters())
+
+
+def test_a_draw_is_from_the_softmax_at_its_temperature():
+    llama, prompt, n = random_llama(MHA), torch.tensor([[5, 17, 3]]), 20_000
+    with torch.no_grad():
+        llama.lm_head.weight *= 0.2
+        p = torch.softmax(llama(prompt)[0, -1].double() / 0.5, -1).numpy()
+    drawn = llama.generate(prompt.expand(n, -1), 1, temperature=0.5)[:, -1]
+    assert n * p.min() > 5 and stats.chisquare(np.bincount(drawn, minlength=97), n * p).pvalue > 1e-3
+
+
+def test_sixteen_bits_lose_no_position_and_no_loss():
+    """In bfloat16 itself, as in shards, angles at position 4,000 would be noise, and a loss would have three digits."""
+    angle = np.arange(4096)[:, None] * 1e4 ** (-np.arange(0, 12, 2) / 12)
+    cos, sin = rope(torch.arange(4096), MHA, torch.bfloat16)
+    for ours, exact in ((cos[:, :6], np.cos(angle)), (sin[:, 6:], np.sin(angle))):
+        assert ours.dtype == torch.bfloat16 and np.abs(ours.double().numpy() - exact).max() < 2**-7
+    llama, tokens = random_llama(MHA).bfloat16(), torch.randint(97, (2, 31))
+    loss, logits = llama(tokens[:, :-1], targets=tokens[:, 1:]), llama(tokens[:, :-1])
+    exact = torch.nn.functional.cross_entropy(logits.double().transpose(1, 2), tokens[:, 1:], reduction="none")
+    assert loss.dtype == torch.float32 and (loss - exact).abs().max() < 1e-5

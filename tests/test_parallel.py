@@ -150,11 +150,14 @@ import sys, time
 sys.path.insert(0, {root!r})
 import train
 from plumbing.run import Run
-save = Run.save
+save, interrupted = Run.save, Run.interrupted
+def slower(run):
+    time.sleep(0.2)
+    return interrupted(run)
 def slow(run, *args, **how):
     time.sleep(3 * bool(run.signals))
     return save(run, *args, **how)
-Run.save = slow
+Run.save, Run.interrupted = slow, slower
 train.main()
 """
 
@@ -188,6 +191,23 @@ def test_a_mistake_is_one_line_of_ours(pruning, tmp_path):
     done = fresh(script, "train.py", *pruning[0], f"--out={tmp_path / 'x'}", "--batch_size=9", n=2)
     assert done.returncode == 2 and not (tmp_path / "x").exists()
     assert done.stderr == "train.py: batch_size = 9 must be a multiple of gate_samples = 4\n"
+
+
+def one_is_told(*args):
+    next_batch = data.BatchReader.next_batch
+
+    def tell(self, step, weights):
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_batch(self, step, weights)
+
+    data.BatchReader.next_batch = tell
+    script("train.py", *args)
+
+
+def test_all_processes_stop_when_one_is_told(tiny_data, tmp_path):
+    done = fresh(one_is_told, *SHAPE, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=8", n=2)
+    assert done.returncode == 0 and "stopped after step 4" in done.stdout, done.stderr
 
 
 def at_its_own_rate(*args):
@@ -236,6 +256,29 @@ def ranks():
 
     yield be
     parallel.stop()
+
+
+class Reduced(TorchDispatchMode):
+    """Takes down the dtypes that gradients are summed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "reduce_scatter" in str(function):
+            self.dtypes |= {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+def test_shards_sum_their_gradients_in_float32(ranks):
+    how = parallel.sharding("fsdp", "bfloat16", torch.device("cpu")) | {"mesh": ranks(0, 2)}
+    config = LlamaConfig(97, 2, 48, 4, 4, 12, 64, 64)
+    model, tokens = parallel.make_model(config, 0, torch.device("cpu"), **how), torch.zeros(1, 9, dtype=torch.int64)
+    loss = model(tokens, targets=tokens)
+    with Reduced() as reduced:
+        loss.sum().backward()
+    assert reduced.dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize("from_file", [True, False])
@@ -487,6 +530,19 @@ def test_dry_run_looks_at_the_data(tiny_data, monkeypatch, capsys, tmp_path):
     Llama(LlamaConfig(257, 2, 32, 2, 2, 16, 64, 64)).save_pretrained(tmp_path / "m")
     assert run(monkeypatch, f"--init_from={tmp_path / 'm'}", "--target_n_layer=9", "--gates=random", "--dry_run") == 2
     assert "target n_layer = 9 is larger than the source's 2" in capsys.readouterr().err
+
+
+def test_work_is_counted_before_and_after_the_cut(tmp_path):
+    """A step is three forward passes, or four where layers are recomputed; an evaluation is one."""
+    args = "--steps=10 --batch_size=2 --seq_len=16 --eval_interval=4 --eval_sequences=3 --init_from=x".split()
+    args += ["--gates=random", "--fade=4", "--target_n_layer=1", "--ratio={'a': 1, 'b': 1}", f"--data={tmp_path}"]
+    s, source = load(train.Settings, args), LlamaConfig(300, 3, 32, 4, 2, 8, 48, 64)
+    forward = [cost.flops_per_token(c, 16, backward=False) for c in (source, replace(source, n_layer=1))]
+    mean, tokens, evaluated = 0.4 * forward[0] + 0.6 * forward[1], 10 * 2 * 16, 4 * 3 * 2 * 16
+    for recomputed, passes in ((False, 3), (True, 4)):
+        work = cost.work_of(replace(s, activation_checkpointing=recomputed), source)
+        assert (work.tokens, work.eval_tokens) == (tokens, evaluated)
+        assert work.flops == pytest.approx(mean * (passes * tokens + evaluated))
 
 
 def test_dry_run_says_what_a_model_that_is_not_known_is(monkeypatch, tmp_path):

@@ -13,17 +13,20 @@ from plumbing.products import linear
 
 
 @pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", [(32, 40), (3, 16, 40), (1, 33, 40), (2, 1, 40), (2, 0, 40)])
-def test_products_and_their_gradients_are_float64_s(monkeypatch, onednn, shape):
+def test_products_and_their_gradients_are_float64_s(monkeypatch, onednn, biased, shape):
     monkeypatch.setattr(products, "ONEDNN", onednn)
     generator = torch.Generator().manual_seed(0)
-    x, weight, grad = (torch.randn(s, generator=generator) for s in (shape, (24, 40), (*shape[:-1], 24)))
+    x, weight, bias, grad = (torch.randn(s, generator=generator) for s in (shape, (24, 40), (24,), (*shape[:-1], 24)))
     # rows gated, or laid out in another order: what weights and activations look like in the model
     for change in (lambda w: w, lambda w: w * torch.linspace(0, 1, 24)[:, None], lambda w: w.t().contiguous().t()):
         results = []
         for dtype in (torch.float32, torch.float64):
-            inputs = [y.detach().to(dtype, copy=True).requires_grad_() for y in (x, change(weight))]
-            product = linear(*inputs) if dtype == torch.float32 else (inputs[0][..., None, :] * inputs[1]).sum(-1)
+            tensors = (x, change(weight), bias)[: 2 + biased]
+            inputs = [y.detach().to(dtype, copy=True).requires_grad_() for y in tensors]
+            exactly = lambda x, weight, bias=0: (x[..., None, :] * weight).sum(-1) + bias  # noqa: E731
+            product = (linear if dtype == torch.float32 else exactly)(*inputs)
             product.backward(grad.to(dtype))
             results.append((product, *(y.grad for y in inputs)))
         for ours, exact in zip(*results):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import GATES, ROBUST, SHAPE, TARGET, metrics, run
 from processes import fresh, script
+from safetensors.torch import load_file
 from test_masks import SOURCE, random_masks
 from test_masks import TARGET as SMALL
 from test_model import random_llama
@@ -202,6 +203,20 @@ def test_the_large_model_is_gone_after_the_cut(settled, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Trainer, "train", watched)
     assert run(monkeypatch, *args, f"--out={tmp_path / 'x'}") == 0
     assert gone == [True, True, True]
+
+
+def test_the_moments_outlive_the_cut(chain, tiny_data, tmp_path, monkeypatch):
+    """In the checkpoints before it and after the first step of the small model: v falls by beta2 a step at most."""
+    args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", f"--init_from={chain[0]['pretrain']}", *TARGET]
+    args += ["--gates=random", "--fade=3", "--steps=4", "--save_interval=1", "--keep_checkpoints=9"]
+    assert run(monkeypatch, *args) == 0
+    read = {}
+    for step in (3, 4):
+        read[step] = load_file(tmp_path / f"x/checkpoints/step_{step:06d}/optimizer-1-of-1.safetensors")
+    assert {x.item() for name, x in read[4].items() if name.endswith(".step")} == {4}
+    kept = json.loads((tmp_path / "x/model/pruning.json").read_text())["hidden"]["kept"]
+    before, after = (read[step]["model.norm.weight.exp_avg_sq"] for step in (3, 4))
+    assert (before[kept] > 0).all() and (after >= 0.95 * before[kept] * (1 - 1e-5)).all()
 
 
 @pytest.mark.parametrize("stop_at", [14, 20, 23])  # while it fades, at the cut, after it

@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from matplotlib.axis import Tick
 from matplotlib.text import Text
@@ -14,8 +13,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "experiments"))
 
 import tour  # noqa: E402
-
-from dro import chi2, dro_weights  # noqa: E402
 
 PAGE = tour.PAGE.read_text()
 
@@ -63,12 +60,3 @@ def test_figures_are_legible_on_a_page(make):
     for text in set(shown) - set(ticks):  # nothing is cut off at an edge
         box = text.get_window_extent()
         assert min(box.x0, box.y0, fig.bbox.x1 - box.x1, fig.bbox.y1 - box.y1) > -3, text  # pixels
-
-
-def test_the_drawn_ball_is_that_of_the_schedule(tmp_path):
-    """Each answer of the figure is on the edge of its ball; ten times the excess gives the same answer."""
-    p, excess = np.array([0.5, 0.2, 0.3]), np.array([0.0, 0.04, 0.10])
-    for rho in (0.01, 0.1):
-        q = dro_weights(excess, np.zeros(3), p, rho)
-        assert chi2(q, p) == pytest.approx(rho)
-        assert q == pytest.approx(dro_weights(10 * excess, np.zeros(3), p, rho))
