@@ -309,7 +309,12 @@ class Run:
         model, partial = self.path / "model", self.path / "model.partial"
         if os.path.lexists(model):  # of fewer steps; its checkpoint can make it again
             shutil.rmtree(partial, ignore_errors=True)
-            remove(model.rename(partial))  # what is half removed is no model
+            model.rename(partial)  # what is half removed when this process is killed is no model
+            try:
+                remove(partial)
+            except OSError:  # then nothing is to change
+                partial.rename(model)
+                raise
         write_whole(self.path / "config.json", json.dumps(self.settings, indent=2) + "\n")
         # what a dead run logged after its last checkpoint will be logged again
         length = self.state["metrics_bytes"] if self.state else 0
