@@ -116,8 +116,9 @@ def known_failure(error: Exception) -> str | None:
     if any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__) or (
         "can't allocate memory" in str(error)
     ):
-        of_run = ": --dry_run says what a run needs, and which settings make it less"
-        return "out of memory" + of_run * (Path(sys.argv[0]).name == "train.py")
+        if Path(sys.argv[0]).name != "train.py":
+            return "out of memory"
+        return "out of memory: --dry_run says what a run needs, and which settings make it less"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"torch.compile failed, try --compile False: {one_line(str(error), 300)}"
     return None

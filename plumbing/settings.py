@@ -148,7 +148,7 @@ class Settings:
         float,
         NOT_NEGATIVE,
         "so many nats of excess (loss minus reference loss) raise a domain's weight by at most its share in the "
-        "reference ratio: the larger, the smaller the moves; 0 means no limit, as in the paper",
+        "reference ratio; a larger value makes smaller moves; 0 means no limit, as in the paper",
     ] = 0.2
     delta: Annotated[float, SHARE, "how fast the reference ratio follows the weights; 0.1 in the paper"] = 0.5
     bound: Annotated[

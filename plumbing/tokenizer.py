@@ -92,7 +92,7 @@ class HuggingFaceTokenizer:
         # Unigram and WordLevel make these tokens of their own letters all the same: so a text is cut within them
         known = [token for token, i in vocabulary.items() if i in (self.eot, self.bos) and i in self._encode(token).ids]
         if letter := next((token for token in known if len(token) == 1), None):
-            raise ValueError(f"{file}: {letter!r} starts or ends each document, so no text may hold it; but it may")
+            raise ValueError(f"{file}: {letter!r} starts or ends each document, but a text may hold this letter, too")
         self._cuts = "|".join(f"(?<={re.escape(token[:1])})(?={re.escape(token[1:])})" for token in known)
 
     def _parts(self, text: str) -> list[str]:
