@@ -415,12 +415,13 @@ def test_stretches_do_not_reach_into_the_next_document(monkeypatch):
 
 
 def test_installed_has_domains_enough(tmp_path):
-    prepare("installed", tmp_path / "out", window=128, held_out=0.2, max_mb=0.4)
+    # with less text, a few odd documents decide: another Python, or another seed, has others
+    prepare("installed", tmp_path / "out", window=128, held_out=0.2, max_mb=1.5)
     data = TokenData(tmp_path / "out")
     assert len(data.domains) >= 6
     assert max(data.meta["shared"].values()) < 0.03
-    tokens = {d: np.asarray(data.tokens(d, "train"))[:60_000].astype(int) for d in data.domains}
-    pairs = {d: np.bincount(t[:-1] * 257 + t[1:], minlength=257**2) + 0.01 for d, t in tokens.items()}
+    tokens = {d: np.asarray(data.tokens(d, "train")).astype(int) for d in data.domains}
+    pairs = {d: np.bincount(t[:-1] * 257 + t[1:], minlength=257**2) + 1 for d, t in tokens.items()}
     for a in data.domains:  # each domain's own statistics of byte pairs code it better than any other's
         held = np.asarray(data.tokens(a, "val")).astype(int)
         costs = {
