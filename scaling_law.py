@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares
+from scipy.stats import kendalltau
 
 MIN_POINTS = 5  # one more than eq. 4 has parameters: below, a fit is impossible (dro.py asks for more)
 LARGEST = 1e12  # larger losses, or tokens or parameters further apart, are no measurements, and their powers overflow
@@ -117,12 +118,13 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
     misses = residuals(theta, points)[: len(row)]
     alpha, B = alpha if np.ptp(log_p) > 1e-6 else 0.0, B if rates.any() else 0.0
     for k, i in enumerate(fitted):
-        miss = misses[domain == k]
-        curve = miss + points.loss[domain == k]  # what the law says at these points
+        miss, loss = misses[domain == k], points.loss[domain == k]
+        curve = loss + miss  # what the law says at these points
         noise = MAD_TO_SIGMA * np.median(np.abs(miss))
         if not np.isfinite([*theta, *miss]).all():
             laws[i] = FitError("the fitted law is not finite")
-        elif np.std(curve) < max(noise / 3, 1e-4):  # it explains less than a tenth of the variance
+        # the law's fall is lost in the noise, or it is that of the other domains, and this one's losses rise
+        elif np.std(curve) < max(noise / 3, 1e-4) or not kendalltau(curve, loss).statistic > 0:
             laws[i] = FitError("the losses do not fall")
         else:
             laws[i] = ScalingLaw(*map(float, (A[k], alpha, beta, E[k], scale[k], params[-1], B)))

@@ -188,6 +188,16 @@ def test_together_each_domain_has_its_own_reason():
         fit_together(tokens, losses, rates=rates[:5])
 
 
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.75, 0.9])
+def test_a_domain_that_rises_does_not_get_the_fall_of_the_others(share):
+    """B is shared: what the others regain as the rate falls is no law for a domain whose losses go the other way."""
+    tokens, losses, rates, *_ = three_domains(share, noise=0.01)
+    progress = tokens[:, :1] / 1e6
+    rising = 2 + 0.05 * progress
+    *laws, law = fit_together(np.hstack([tokens, tokens, progress]), np.hstack([losses, losses, rising]), rates=rates)
+    assert str(law) == "the losses do not fall" and all(isinstance(law, ScalingLaw) for law in laws)
+
+
 HISTORIES = json.loads((Path(__file__).parent / "histories.json").read_text())
 
 
