@@ -94,7 +94,11 @@ class HardConcrete(nn.Module):
         """Gates on a straight line from `sample` without noise (`deterministic` has another formula), at share 0, to 0
         or 1 as at the target, at share 1."""
         now = self.sample(torch.full_like(self.log_alpha, 0.5), noise=0.0)
-        return now.lerp(survivors(self.log_alpha, self.keep).to(now.dtype), share)
+        return now.lerp(self.kept(), share)
+
+    def kept(self) -> Tensor:
+        """1 where a gate survives at the target, else 0."""
+        return survivors(self.log_alpha, self.keep).to(self.log_alpha.dtype)
 
 
 class PruningMasks(nn.Module):
@@ -204,10 +208,12 @@ class PruningMasks(nn.Module):
 
     @torch.no_grad()
     def left(self, step: int) -> Gates:
-        """What is left of each structure after `step` steps: P(z != 0), or the gate once the choice is fixed."""
-        if step >= self.settle_at:
-            return self.settling(step)
-        return self.each(HardConcrete.prob_nonzero)
+        """What is left of each structure after `step` steps: P(z != 0), under the full noise. Once the choice is fixed:
+        all of what stays, and of what goes as much as its gate says."""
+        if step < self.settle_at:
+            return self.each(HardConcrete.prob_nonzero)
+        share = share_of(step, self.settle_at, self.settle_at + self.fade)
+        return self.each(lambda distribution: torch.maximum(distribution.fading(share), distribution.kept()))
 
     def sparsity(self, step: int) -> dict[str, float]:
         """granularity -> expected share of zeros after `step` steps."""
@@ -318,6 +324,6 @@ def kept_indices(masks: PruningMasks) -> dict[str, Tensor]:
     kept = {}
     for granularity, shape in gate_shapes(masks.source).items():
         gates = getattr(masks, granularity)
-        survive = torch.ones(shape) if gates is None else survivors(gates.log_alpha, gates.keep)
+        survive = torch.ones(shape) if gates is None else gates.kept()
         kept[granularity] = survive.nonzero()[:, -1].view(*shape[:-1], -1)
     return kept

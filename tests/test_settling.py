@@ -61,6 +61,12 @@ def test_what_goes_fades_out_and_what_stays_comes_to_one():
         assert not getattr(masks.sample(0, 24, 3), name).requires_grad
     assert masks.expected_params(30) == SMALL.n_params()
     assert masks.sparsity(30) == pytest.approx({"layer": 0.5, "hidden": 10 / 24, "head": 0.5, "ffn": 19 / 40})
+    # on the way, what stays counts whole and what goes fades: P never falls below the target's, to rise again
+    for name, going in masks.sparsity(25).items():
+        gates, stays = getattr(start, name), torch.zeros_like(getattr(start, name)).scatter_(-1, kept[name], 1.0)
+        assert going == pytest.approx(((1 - stays) * (1 - 0.5 * gates)).mean().item())
+    params = [masks.expected_params(step) for step in range(20, 31)]
+    assert params == sorted(params, reverse=True) and params[0] > params[-1] == SMALL.n_params()
 
 
 @pytest.mark.parametrize("tied", [False, True])
