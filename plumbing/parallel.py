@@ -32,6 +32,8 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 
 # -- who am I, and how do we agree? ---------------------------------------------------------------------------------
 
+patient = None  # the group of all processes, by gloo, with a long timeout: see `start`
+
 
 def find_device(name: str) -> torch.device:
     """The device of a name, 'auto' for CUDA if there is one. ValueError for one that is not there."""
@@ -64,12 +66,14 @@ def start(device: torch.device) -> torch.device:
             raise ValueError(f"{torch.cuda.device_count()} GPUs here, fewer than --nproc_per_node")
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
-    # torchrun keeps its store when it restarts processes, and the addresses of the dead ones are still in it
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps its store when it restarts processes, and the addresses of the dead ones are still in it
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # gloo beside nccl: what the hosts have to agree on must not wait for the devices
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # the first process may read and score a large model for longer than the default half an hour
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    global patient  # the first process may read and score a large model for longer than the default half an hour
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     return device
 
 
@@ -128,7 +132,7 @@ def gather(value, group=None) -> list:
     values = [value]
     if size() > 1:
         values *= size()
-        dist.all_gather_object(values, value, group)
+        dist.all_gather_object(values, value, group or patient)
     return values
 
 
@@ -188,8 +192,10 @@ def make_model(
         empty = {name: torch.empty_like(parameter, device=device) for name, parameter in model.named_parameters()}
         model = Llama.of_weights(config, empty)
     model.checkpoint_layers = checkpoint_layers
-    for layer in model.layers if compiled else ():
-        layer.compile()
+    if compiled:
+        torch.compiler.reset()  # all layers share few graphs, and those of the model before a cut would count, too
+        for layer in model.layers:
+            layer.compile()
     if mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*model.layers, model):
