@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/prune_7b_2.7b.py
 
-0.42B tokens; 38 GiB per GPU on 8 GPUs, 17 with shard_gradients = True.
+0.42B tokens; 38 GiB per GPU on 8 GPUs, 17 with shard_gradients = True. Then continue_2.7b.py.
 """
 
 base = "prune_7b.py"
