@@ -73,10 +73,10 @@ def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: st
     found, used = [], set()
     tries = 50 * min(n, len(tokens)) if window >= PREFIX + LENGTH else 0
     for _ in range(tries):
-        start, other = draw(PREFIX + LENGTH), draw(LENGTH)
-        ids, wrong = tokens[start : start + PREFIX + LENGTH].tolist(), tokens[other : other + LENGTH].tolist()
-        overlap = abs(other - start - PREFIX) < LENGTH or wrong == ids[PREFIX:]
-        if overlap or start in used or data.eot in ids + wrong:
+        start, other = draw(PREFIX + LENGTH), draw(1 + LENGTH)
+        ids, (before, *wrong) = tokens[start : start + PREFIX + LENGTH].tolist(), tokens[other:][: 1 + LENGTH].tolist()
+        overlap = abs(other + 1 - start - PREFIX) < LENGTH or wrong == ids[PREFIX:]
+        if overlap or start in used or data.eot in [*ids, before, *wrong]:
             continue
         asked = ids[:PREFIX]
         question, *whole = map(tokenizer.decode, (asked, ids, asked + wrong))
@@ -84,7 +84,9 @@ def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: st
         expected = (question, asked), (question + true, ids), (question + false, asked + wrong)
         if any(tokenizer.encode(text).tolist() != tokens_of_it for text, tokens_of_it in expected):
             continue  # the tokenizer cuts the text at other places than here
-        if question[-1].isspace():  # it would belong to the choices
+        # White space at the end of a question would belong to the choices. So no true choice begins within a run of
+        # white space, which is easy to foresee; no wrong one may, either.
+        if question[-1].isspace() or tokenizer.decode([before])[-1:].isspace():
             continue
         label = int(rng.integers(2))
         choices = (true, false) if label == 0 else (false, true)

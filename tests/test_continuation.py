@@ -76,6 +76,25 @@ def test_choices_do_not_overlap_and_stay_within_a_held_out_window():
     assert any(start // 200 != (start + PREFIX + LENGTH - 1) // 200 for start in starts)  # train is one long text
 
 
+class Indented(Positions):
+    """A text in which white space comes in long runs; each token is a letter or a space."""
+
+    def tokens(self, domain, split):
+        rng = np.random.default_rng(0)
+        runs = [np.full(rng.integers(20, 60), ord(c) - 0x4E00) for _ in range(900) for c in rng.permutation(["a", " "])]
+        return np.concatenate(runs)
+
+
+def test_a_model_that_only_counts_tokens_has_half_of_the_answers():
+    """No choice may begin within a run of white space: one that could would be the easier one to foresee."""
+    text = Indented()
+    spaces = []
+    for q in make_questions(text, text, "a", "train", 2000, seed=0):
+        true, false = (q.choice1, q.choice2) if q.label == 0 else (q.choice2, q.choice1)
+        spaces.append(np.sign(true.count(" ") - false.count(" ")))
+    assert len(spaces) == 2000 and abs(np.mean(spaces)) < 4 / 2000**0.5
+
+
 def test_choices_may_begin_with_a_space_that_a_decoder_drops(tmp_path, tiny_corpus):
     """Llama 2's tokenizer writes a space before each text, and takes one away from what it decodes."""
     ours = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
