@@ -52,7 +52,7 @@ SCHEDULES = {  # what differs from PAPER
 LENGTHS = {"a third as long": 1 / 3, "three times as long": 3}  # of the runs from the pruned model
 WAYS = ["", *(f", {way}" for way in [*LENGTHS, "pruning too"])]  # a table each
 MIXTURES = [mixture + way for way in WAYS for mixture in ("skewed", "own")]
-ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions
+ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions, at the two plain mixtures
 SHARES = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
 PRETRAIN = {"steps": 1200, "warmup": 120}  # longer than the demo's
 PRUNE = {"steps": 700, "warmup": 41, "eval_interval": 25}
@@ -147,7 +147,7 @@ def judge(case: Case, seed: int, mixture: str, schedule: str) -> None:
     ratio = dict.fromkeys(case.skew, 1) if schedule == "uniform" else {} if start == "own" else case.skew
     train(case.at(seed, mixture, schedule), seed, config, **settings, ratio=ratio)
     case.losses(seed, mixture, schedule)
-    if schedule in ASKED:
+    if schedule in ASKED and not way:
         case.answers(seed, mixture, schedule)
 
 
