@@ -31,7 +31,7 @@ from tqdm import tqdm
 from model import Gates, KVCache, Llama
 from plumbing import parallel
 from plumbing.command_line import Parser, check_utf8, command, number, user_errors
-from plumbing.continuation import answer, encode, make_or_read, start_of_text, write_all
+from plumbing.continuation import LENGTH, PREFIX, answer, encode, make_or_read, start_of_text, write_all
 from plumbing.data import TokenData
 from plumbing.dataset import DamagedData
 from plumbing.models import check_tokenizer, load_model
@@ -43,6 +43,11 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 
 SEQUENCES_A_DOMAIN, QUESTIONS_A_DOMAIN = 256, 200  # unless --sequences is given
 TOKENS_OF_A_SAMPLE = 200  # unless --tokens is given
+NO_EFFECT_ON = {
+    "losses": ("tokens", "temperature", "seed"),
+    "questions": ("seq_len", "tokens", "temperature"),
+    "a sample": ("split", "seq_len", "sequences", "batch_size"),
+}
 PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens generated, times measured
 
 
@@ -177,6 +182,7 @@ def main():
             check_ids(models, {i for choice in choices for i in choice.ids})
             if args.write_questions:
                 write_all(args.write_questions, asked)
+            print_questions(asked, None if args.questions else data, args.split)
         if args.sample is not None:
             start, ids = encode_sample(args, tokenizer, models)
     # As in training, the weights stay float32. One context for each model: bfloat16 copies live as long as it does.
@@ -228,6 +234,15 @@ def print_coverage(report: dict) -> None:
     """What the losses are measured on, before that takes its time."""
     counts = [f"{domain} {n['evaluated']:,} of {n['available']:,}" for domain, n in report["sequences"].items()]
     print(f"{report['split']} split, {report['dtype']}, sequences of {report['seq_len']} tokens: {', '.join(counts)}")
+
+
+def print_questions(asked: dict[str, list], data: TokenData | None, split: str) -> None:
+    """How many questions are asked, and whether those made from the text of `data` are too many for it."""
+    print(f"questions: {', '.join(f'{domain} {len(questions):,}' for domain, questions in asked.items())}")
+    for domain, questions in asked.items() if data else ():
+        room = data.tokens(domain, split).size // (PREFIX + LENGTH)
+        if len(questions) > room:
+            print(f"note: the text of {domain} has room for {room:,}: these overlap, and their error is too small")
 
 
 def encode_sample(args: argparse.Namespace, tokenizer: Tokenizer, models: dict[str, Llama]) -> tuple[list, list]:
@@ -378,6 +393,10 @@ def arguments() -> argparse.Namespace:
         raise ValueError("--sequences 0 means all sequences, but questions need a number, as in --sequences 200")
     if args.questions and args.sequences is not None:
         raise ValueError("--sequences: all questions of the files of --questions are asked")
+    mode = "a sample" if args.sample is not None else "questions" if args.asking else "losses"
+    for name in NO_EFFECT_ON[mode]:
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name} has no effect on {mode}")
     if args.sample is not None and (args.asking or args.json):
         raise ValueError(f"--sample only prints text, so {'--json' if args.json else 'questions'} cannot go with it")
     if args.sample is not None:

@@ -139,7 +139,7 @@ def entry(text: str, **style) -> Line2D:
 def legend(fig, entries: list[Line2D]):
     """A legend below the axes: one row if the entries fit, else as many columns as the longest entry allows."""
     widths = [len(e.get_label()) + 7 for e in entries]  # in letters, with the sample of the line
-    columns = len(entries) if sum(widths) <= 118 else max(1, 118 // max(widths))
+    columns = len(entries) if sum(widths) <= 100 else max(1, 100 // max(widths))
     fig.legend(handles=entries, loc="outside lower center", ncols=columns)
 
 
@@ -341,7 +341,8 @@ def sparsity_figure(run: Metrics) -> Figure | None:
         ax.set_xlabel("")
     gaps = [abs(series(run.train, "sparsity", g) - series(run.train, "target_sparsity", g)) for g in pruned]
     gaps = [gap[np.isfinite(gap)][-1] for gap in gaps]  # the last one that was logged: gates may settle before the end
-    heading(fig, run, f"expected sparsity is at most {100 * max(gaps):.2g} percentage points off its target")
+    text = f"in the end expected sparsity is at most {100 * max(gaps):.2g} percentage points off its target"
+    heading(fig, run, text)
     entries = [entry(NAMES[g], color=look[g]["color"]) for g in pruned]
     legend(fig, [*entries, entry("target t", ls="--", lw=1.4)])
     return fig
@@ -388,7 +389,7 @@ def gates_figure(run: Metrics) -> Figure | None:
     fig.colorbar(image, ax=list(axes.values()), shrink=0.8, aspect=30, pad=0.02, label="gate z")
     text = f"gates at step {logged[-1]['step']:,} (white: removed)"
     if removed.any():
-        text = f"layers {', '.join(map(str, np.flatnonzero(removed)))} are removed (white), and with them what is grey"
+        text = f"removed layers: {', '.join(map(str, np.flatnonzero(removed)))} (white, and what is grey with them)"
     heading(fig, run, text)
     return fig
 

@@ -133,7 +133,7 @@ def select(files: list[File], read: Callable, options: dict, left_out: LeftOut, 
             yield Document(domain, number < options["held_out"] * 2**64, valid)
     if spoilt:
         left_out.notes.append(
-            f"{spoilt:,} documents hold U+FFFD, as for bytes that are no UTF-8, or ? for half a character"
+            f"{spoilt:,} documents have bytes that are no UTF-8, or half a character: U+FFFD or ? stands in their place"
         )
 
 

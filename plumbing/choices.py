@@ -65,7 +65,7 @@ def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], se
         names = "learned, random, magnitude, activation, taylor"
         raise ValueError(f"gates = '{gates}': neither one of {names} nor a file: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"gates = '{gates}': not a pruning.json of this source and target ({error})") from None
+        raise ValueError(f"gates = '{gates}': not a pruning.json for this source and target ({error})") from None
 
 
 def random_scores(masks: PruningMasks, seed: int) -> Scores:
@@ -160,7 +160,7 @@ def scores_of(masks: PruningMasks, description: dict) -> Scores:
     """
     shapes = {"source": masks.source.shape, "target": masks.target.shape}
     if any(description.get(name) != shape for name, shape in shapes.items()):
-        raise ValueError("these gates are not of this source and target")
+        raise ValueError("its source or target has another shape")
     scores = {}
     for granularity, distribution in masks.distributions().items():
         shape, keep = distribution.log_alpha.shape, distribution.keep

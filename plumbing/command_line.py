@@ -366,6 +366,8 @@ def load(cls: type, args: list[str]) -> Any:
             value_of_unknown = not has_value
         elif value_of_unknown:
             value_of_unknown = False
+        elif arg.partition("=")[0] in known and "=" in arg:
+            problems.append(f"{arg}: a setting is given as --{arg}")
         else:
             for where, key, node in read_config(Path(arg), problems):
                 if key in known:
@@ -390,7 +392,8 @@ def with_values(args: list[str], known: dict[str, Field]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             field = known.get(name[2:])
             if field and not equals and field.kind is bool:
-                equals, value = "=", rest.pop(0) if rest and rest[0] in ("True", "False") else "True"
+                has_value = rest and not rest[0].startswith("--") and not rest[0].endswith(".py")
+                equals, value = "=", rest.pop(0) if has_value else "True"
             elif field and not equals and rest and not rest[0].startswith("--"):
                 equals, value = "=", rest.pop(0)  # argparse takes some negative numbers for options
             arg = f"{name}{equals}{value}"
@@ -426,14 +429,15 @@ def value_of(text: str, kind: type) -> Any:
         return text
     if kind is str or get_origin(kind) is Literal:
         return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else text
-    return literal(node)
+    return text if isinstance(node, ast.Name) else literal(node)
 
 
 def read_config(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> list[tuple[str, str, ast.AST]]:
     """(place, key, expression) of each assignment of a config file, those of its `base` first; what is not one is
     appended to `problems`. `above`: the files that named this one as their base."""
     if not path.is_file():
-        others = sorted(str(p) for p in path.parent.glob("*.py")) or sorted(str(p) for p in Path("config").glob("*.py"))
+        folders = (path.parent, Path("config")) if path.parent != Path() else (Path("config"),)
+        others = next(filter(None, (sorted(str(p) for p in folder.glob("*.py")) for folder in folders)), [])
         problems.append(f"{path}: no such config file" + (f"; there are {', '.join(others)}" if others else ""))
         return []
     try:

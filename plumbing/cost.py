@@ -389,7 +389,7 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     for kind in ROWS:
         row(f"  {kind}", f"{readable(need[kind]):>16}")
     logits = min(LOGITS_AT_ONCE, micro_batch * s.seq_len * source.vocab_size) * 4
-    row("  all", f"{readable(need['all']):>16} of {readable(total - RESERVE)}, {readable(RESERVE)} are left free")
+    row("  all", f"{readable(need['all']):>16} of {readable(total)}, of which {readable(RESERVE)} must stay free")
     row("  float32 logits", f"{readable(logits):>16} at once, when activations are at their most")
     if need["all"] > total - RESERVE:
         fits = None
@@ -404,10 +404,17 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     if peak:
         hours = work.flops / (peak * s.utilisation) / 3600 / s.world_size
         speed = f"at {s.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s per GPU"
-        row("time", f"{hours:,.2f} h, {hours * s.world_size:,.1f} GPU-hours, {speed}")
+        row("time", f"{duration(hours)}, {hours * s.world_size:,.1f} GPU-hours, {speed}")
         row("speed", f"{work.tokens / hours / 3600:,.0f} training tokens per second, evaluations included")
         if price := s.dollars_per_gpu_hour:
-            row("price", f"${hours * s.world_size * price:,.0f} at ${price:,g} per GPU-hour")
+            row("price", f"${hours * s.world_size * price:,.2f} at ${price:,g} per GPU-hour")
+    else:
+        row("time", f"not known: {s.gpu} is a size of memory, and names no GPU")
+
+
+def duration(hours: float) -> str:
+    """Hours, or seconds where they are few."""
+    return f"{hours:,.2f} h" if hours >= 0.1 else f"{3600 * hours:,.1f} s"
 
 
 def readable(n_bytes: float) -> str:

@@ -46,7 +46,10 @@ def folder_files(folder: Path, domain_field: str | None, left_out: LeftOut) -> l
             files += [File(top.name, path, cut) for path in paths]
             if not paths:
                 print(f"{top}: left out, it holds no {', '.join(TEXT)} file")
-        layout = " in sub-folders, one per domain (does each line name it? Give --domain_field)"
+        layout = (
+            ": make a sub-folder of such files for each domain, or give --domain_field if each line names its domain. "
+            "Other text, such as source code, goes into .txt files"
+        )
     if not files:
         raise ValueError(f"{folder}: no {', '.join(TABLES if domain_field else TEXT)} files{layout}")
     for file in files:

@@ -102,11 +102,11 @@ def read_config(path: Path, kind: Callable[..., Config]) -> Config:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path}: no model here (no config.json)")
-    records.read(file, records.ModelConfig, "a model's config")
     raw = records.read(file, dict[str, Any], "a model's config")  # with the keys that only `others` is for
     model_type = raw.setdefault("model_type", "llama")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{file}: model_type = {model_type!r} is not supported, only {', '.join(FAMILIES)}")
+    records.read(file, records.ModelConfig, "a model's config")
     family = FAMILIES[model_type]
     if "auto_map" in raw and raw.get("architectures", [family.architecture]) != [family.architecture]:
         raise ValueError(f"{file}: architectures = {raw['architectures']} is code of its own, and that is not executed")

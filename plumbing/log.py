@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dro import Mixture, Point
+from dro import MORE_POINTS_THAN, WITH_REFERENCES, Mixture, Point
 from masks import PruningMasks
 from model import Gates, LlamaConfig
 from plumbing import cost, parallel
-from plumbing.command_line import tell_torchrun
+from plumbing.command_line import fields, tell_torchrun
 from plumbing.data import BatchReader
 from plumbing.run import Run
-from plumbing.settings import Settings
+from plumbing.settings import SHAPE, Settings
 from scaling_law import FitError
 
 GATE_BINS = 32  # hidden and ffn gates are logged as means over at most this many bins
@@ -62,7 +62,7 @@ class Meter:
             mine = [d for d, x in zip(domains, self.sums[0].tolist()) if not math.isfinite(x)]
             bad = [f"{d} in process {i}" for i, found in enumerate(parallel.gather(mine)) for d in found]
             where = f"cross entropy of domain {', '.join(bad)}" if bad else "constraint or gradient"
-            give_up(f"step {step}: the {where} is not finite; nothing was updated")
+            give_up(f"step {step}: the {where} is not finite; from this step on nothing was updated")
 
 
 class Clock:
@@ -112,11 +112,21 @@ class Log:
         """Print all settings, and notes on those that may not do what is expected of them."""
         s, window = self.s, self.data.meta["window"]
         for key, value in asdict(s).items():
-            say(f"{key} = {value!r}")
+            if not (s.init_from and key in SHAPE):
+                say(f"{key} = {value!r}")
+        for key in SHAPE if s.init_from else ():
+            given, there = getattr(s, key), getattr(self.source, key)
+            if given not in (fields(Settings)[key].default, there):
+                say(f"note: {key} = {given} has no effect: {s.init_from} has {there}, and settings target_... prune it")
         if window % s.seq_len:
             say(
                 f"note: validation text is made of unrelated windows of {window} tokens, and sequences of {s.seq_len} "
                 f"go across their borders; prepare_data.py --window {s.seq_len} makes them whole"
+            )
+        if s.dynamic_reference and s.schedule in WITH_REFERENCES and not s.has_points_for_a_law:
+            say(
+                f"note: dynamic_reference has no effect: the scaling law is asked after more than {MORE_POINTS_THAN} "
+                f"evaluations, so eval_interval = {s.eval_interval} must be below steps / {MORE_POINTS_THAN + 1}"
             )
         if s.schedule == "dro" and s.dynamic_ratio and np.ptp(mixture.initial) == 0:
             say("note: all domains have equal shares, so dynamic_ratio has no effect: its bounds leave no room (3.3)")

@@ -17,6 +17,7 @@ from plumbing import records
 from plumbing.command_line import Free, Group, Limits, fields, out_of_limits
 
 POSITIVE, NOT_NEGATIVE, SHARE = Limits(1), Limits(0), Limits(0, 1)
+SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ffn", "tie_embeddings")  # of a model from scratch
 SIZE, SIZE_OR_0 = Limits(1, records.MAX_SIZE), Limits(0, records.MAX_SIZE)  # what is made can be read again
 
 
@@ -228,7 +229,7 @@ class Settings:
                 f"schedule = '{self.schedule}' needs references: set reference_model, reference_losses or "
                 "dynamic_reference"
             ]
-        if self.steps <= self.eval_interval * (MORE_POINTS_THAN + 1):
+        if not self.has_points_for_a_law:
             return [
                 f"eval_interval = {self.eval_interval} must be below steps / {MORE_POINTS_THAN + 1}: with no "
                 f"references given, the domain weights move only after more than {MORE_POINTS_THAN} evaluations"
@@ -252,8 +253,8 @@ class Settings:
             end, what = (self.settle_at, "settle_at") if self.settle_at else (self.steps, "steps")
             if self.sparsity_warmup >= end:
                 wrong.append(
-                    f"sparsity_warmup = {self.sparsity_warmup} must be below {what} = {end}: only after "
-                    "it is the target sparsity reached"
+                    f"sparsity_warmup = {self.sparsity_warmup} must be below {what} = {end}: the target "
+                    "sparsity is reached after these steps"
                 )
             if self.fade and not self.settle_at:
                 wrong.append(f"fade = {self.fade} needs settle_at, the step at which the choice is fixed")
@@ -265,6 +266,11 @@ class Settings:
     def is_pruning(self) -> bool:
         """Whether a target shape is set."""
         return any((self.target_n_layer, self.target_d_model, self.target_n_head, self.target_d_ffn))
+
+    @property
+    def has_points_for_a_law(self) -> bool:
+        """Whether there are enough evaluations that the scaling law is asked before the run ends."""
+        return self.steps > self.eval_interval * (MORE_POINTS_THAN + 1)
 
     @property
     def learns_gates(self) -> bool:

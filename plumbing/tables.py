@@ -47,7 +47,11 @@ def answer_table(results: dict[str, dict]) -> str:
         text.append(padded(label, width) + "".join(f"{cell:>{ANSWER_WIDTH}}" for cell in cells))
     domains = next(iter(results.values()))["domains"].values()  # the questions are the same for all models
     merged, asked = (sum(domain[key] for domain in domains) for key in ("merged", "questions"))
-    text.append(f"In {merged:,} of {asked:,} questions the tokenizer merges the end of the question with a choice.")
+    if merged:
+        text.append(
+            f"In {merged:,} of {asked:,} questions the tokenizer merges the end of the question with a choice: what is "
+            "scored begins a little earlier there."
+        )
     return "\n".join(text)
 
 

@@ -62,7 +62,7 @@ def test_a_description_chooses_the_same_again():
     choices.choose_(other, choices.scores_of(other, choices.describe(masks)))
     assert all(torch.equal(a, b) for a, b in zip(kept_indices(other).values(), kept_indices(masks).values()))
     smaller = PruningMasks(SOURCE, replace(TARGET, n_layer=1), 0)
-    with pytest.raises(ValueError, match="not of this source and target"):
+    with pytest.raises(ValueError, match="its source or target has another shape"):
         choices.scores_of(smaller, choices.describe(masks))
 
 

@@ -120,6 +120,7 @@ MISTAKES = {
     "attention_bias": (lambda c: c | {"attention_bias": True}, "attention_bias"),
     "activation": (lambda c: c | {"hidden_act": "gelu"}, "hidden_act"),
     "architecture": (lambda c: c | {"model_type": "gemma"}, "model_type = 'gemma' is not supported, only llama, mist"),
+    "architecture with other keys": (lambda c: {"model_type": "gpt2", "n_layer": 2}, "model_type = 'gpt2' is not"),
     "experts": (lambda c: c | {"model_type": "qwen3_moe"}, "model_type = 'qwen3_moe'"),
     "window": (lambda c: c | {"model_type": "mistral", "sliding_window": 16}, "sliding_window = 16"),
     "default window": (

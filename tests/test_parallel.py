@@ -483,10 +483,12 @@ def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
     assert run(monkeypatch, *args, "--dry_run=True", "--world_size=2", "--out=out/never") == 0
     out = capsys.readouterr().out
     assert "gathered shards" in out and "training tokens per second" in out and not Path("out/never").exists()
-    number = {row: float(re.search(rf"^{row} .*?([\d,]+)( tokens$| at \$)", out, re.M)[1].replace(",", ""))
+    number = {row: float(re.search(rf"^{row} .*?([\d,.]+)( tokens$| at \$)", out, re.M)[1].replace(",", ""))
               for row in ("training", "evaluation", "price")}  # fmt: skip
     flops = (number["training"] + number["evaluation"] / 3) * cost.flops_per_token(config, s.seq_len)
     assert number["price"] == pytest.approx(1e9 * flops / (0.33 * 989e12) / 3600, rel=1e-3)
+    assert run(monkeypatch, *args[:-2], "--dry_run=True", "--gpu=24GB", "--out=out/never") == 0
+    assert "time              not known: 24GB is a size of memory" in capsys.readouterr().out
 
 
 def test_dry_run_of_pruning():

@@ -249,7 +249,7 @@ def test_surrogates_and_broken_utf8(tmp_path, capsys):
     (tmp_path / "c" / "d" / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(["marked"]))
     prepare(str(tmp_path / "c"), tmp_path / "out", window=16, held_out=0.1)
     out = capsys.readouterr().out
-    assert "2 documents hold U+FFFD" in out
+    assert "2 documents have bytes that are no UTF-8, or half a character: U+FFFD or ?" in out
     data = TokenData(tmp_path / "out")
     everything = b"".join(documents_of(data, "d", "train"))
     assert "half ? pair 😀".encode() in everything and everything.count("latin \ufffd café".encode()) == 1
@@ -1040,7 +1040,7 @@ def test_mistakes_name_the_place(tmp_path, lines, options, message):
 
 def test_more_mistakes(tmp_path, tiny_corpus, monkeypatch):
     (tmp_path / "d").mkdir()
-    with pytest.raises(ValueError, match="in sub-folders, one per domain"):
+    with pytest.raises(ValueError, match="make a sub-folder of such files for each domain"):
         prepare(str(tmp_path), tmp_path / "out")
     with pytest.raises(ValueError, match="exists and is no data set"):
         prepare(str(tiny_corpus), tmp_path / "d")

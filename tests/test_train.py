@@ -307,6 +307,23 @@ def test_sequences_that_do_not_fit_the_windows_are_told(tiny_data, tmp_path, mon
         assert ("go across their borders" in capsys.readouterr().out) == said
 
 
+def test_settings_without_effect_are_told(chain, tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda *a, **k: sys.exit(0))
+    source, tiny = chain[0]["pretrain"], [f"--data={tiny_data}", "--seq_len=64"]
+    dynamic = ["--schedule=dro", "--dynamic_reference", f"--reference_model={source}", "--eval_interval=4"]
+    for i, (args, said) in enumerate({
+        (f"--init_from={source}", "--n_layer=7", "--steps=9"): f"n_layer = 7 has no effect: {source} has 3",
+        (f"--init_from={source}", "--n_layer=3", "--steps=9"): None,
+        (*dynamic, "--steps=44"): "dynamic_reference has no effect: the scaling law is asked after more than 10",
+        (*dynamic, "--steps=45"): None,
+    }.items()):  # fmt: skip
+        assert run(monkeypatch, *tiny, *args, f"--out={tmp_path / str(i)}") == 0
+        out = capsys.readouterr().out
+        assert not said or said in out
+        assert said or not ("n_layer = 3 has" in out or "law is asked after more" in out)
+        assert ("\nn_layer = 3\n" in out) == ("--init_from" not in args[0])
+
+
 def test_the_gates_know_nothing_of_the_batch(tiny_data):
     """Neither stream of randomness may be a function of the other, at any micro-batch."""
     data = TokenData(tiny_data)
@@ -501,7 +518,7 @@ def test_mistakes_about_reference_models_and_choices(chain, tiny_data, tmp_path,
     for wrong, words in (
         ([f"--reference_model={tmp_path / 'small'}", "--gates=magnitude"], "its vocabulary has 100 tokens"),
         ([f"--reference_model={tmp_path / 'short'}"], "was made for 16 tokens at most"),
-        ([f"--gates={tmp_path / 'list.json'}"], "list.json': not a pruning.json of this source and target"),
+        ([f"--gates={tmp_path / 'list.json'}"], "list.json': not a pruning.json for this source and target"),
         ([f"--gates={tmp_path / 'torn.json'}"], "torn.json': not a pruning.json"),
     ):
         assert run(monkeypatch, *args, *wrong) == 2
