@@ -46,6 +46,7 @@ TOKENS_OF_A_SAMPLE = 200  # unless --tokens is given
 NO_EFFECT_ON = {
     "losses": ("tokens", "temperature", "seed"),
     "questions": ("seq_len", "tokens", "temperature"),
+    "questions of files": ("split", "seq_len", "sequences", "tokens", "temperature", "seed"),
     "a sample": ("split", "seq_len", "sequences", "batch_size"),
 }
 PREFILL, DECODE, REPEATS = 256, 64, 5  # speed: tokens of the prompt, tokens generated, times measured
@@ -391,9 +392,8 @@ def arguments() -> argparse.Namespace:
     args.asking = bool(args.continuation or args.questions or args.write_questions)
     if args.asking and not args.questions and args.sequences == 0:
         raise ValueError("--sequences 0 means all sequences, but questions need a number, as in --sequences 200")
-    if args.questions and args.sequences is not None:
-        raise ValueError("--sequences: all questions of the files of --questions are asked")
-    mode = "a sample" if args.sample is not None else "questions" if args.asking else "losses"
+    kinds = {"a sample": args.sample is not None, "questions of files": args.questions, "questions": args.asking}
+    mode = next((kind for kind, asked in kinds.items() if asked), "losses")
     for name in NO_EFFECT_ON[mode]:
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name} has no effect on {mode}")

@@ -214,7 +214,7 @@ MISTAKES = {
     "too long": (["MODEL", "--seq_len=999"], "the models take 1 to 64 tokens"),
     "misspelt": (["MODEL", "--sequence_number=3"], "unrecognized arguments"),
     "no number of questions": (["MODEL", "--continuation", "--sequences=0"], "questions need a number"),
-    "questions have a number": (["MODEL", "--questions", "a.jsonl", "--sequences=2"], "all questions of the files"),
+    "questions have a number": (["MODEL", "--questions", "a.jsonl", "--sequences=2"], "has no effect on questions of"),
     "a sample has no results": (["MODEL", "--sample=a", "--json=x.json"], "--json cannot go with it"),
     "no data": (["MODEL", "--data=data/nothing"], "no data set there"),
 }
