@@ -343,11 +343,11 @@ def test_what_is_written_can_be_read(tiny_data, tmp_path):
 
 def test_the_command(chain, tiny_data, tmp_path, monkeypatch, capsys):
     models = [chain[0]["pretrain"], chain[0]["prune"]]
-    args = [*models, f"--data={tiny_data}", "--split=train"]
+    args = [*models, f"--data={tiny_data}"]
     # a window of 64 tokens is too short for the model of the tests to see a whole question: it still beats chance
     assert (
         run(
-            *(monkeypatch, *args, "--sequences=30", "--continuation", f"--json={tmp_path / 'a.json'}"),
+            *(monkeypatch, *args, "--split=train", "--sequences=30", "--continuation", f"--json={tmp_path / 'a.json'}"),
             *("--write_questions", tmp_path),
         )
         == 0
