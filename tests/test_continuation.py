@@ -20,6 +20,7 @@ from plumbing.continuation import (
     Question,
     accuracy,
     answer,
+    average,
     encode,
     log_likelihoods,
     make_questions,
@@ -275,6 +276,15 @@ def test_accuracy_and_its_error():
     result = accuracy(np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [-5.0, -1.0]]), questions)
     assert result["accuracy"] == 0.75 and result["answers"] == [0, 1, 1, 1]
     assert result["standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+
+
+def test_the_error_of_an_average():
+    """Of independent domains: the root of the sum of squares, by their number."""
+    rows = {
+        name: {"accuracy": a, "standard_error": e}
+        for name, a, e in (("a", 0.7, 0.03), ("b", 0.6, 0.04), ("c", 0.5, 0.0))
+    }
+    assert average(rows) == pytest.approx({"accuracy": 0.6, "standard_error": 0.05 / 3})
 
 
 def test_a_model_that_is_broken_gets_no_accuracy(tiny_data):

@@ -221,6 +221,13 @@ def test_resume_is_exact(tiny_data):
     for step in range(100, 130):
         [a], [b] = one.next_batch(step, weights), two.next_batch(step, weights)
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.domain, b.domain)
+    # a stage that reads in the order of an earlier one, with one domain of three, and what the next one must know
+    some = TokenData(tiny_data, ["sums"])
+    three, four = BatchReader(some, 256, 32, seed=3), BatchReader(some, 256, 32, seed=3)
+    assert three.go_on_after(one.state_dict()) is None
+    four.load_state_dict(json.loads(json.dumps(three.state_dict())))
+    assert all(np.array_equal(a, b) for a, b in zip(three.draw(0, [1.0]), four.draw(0, [1.0])))
+    assert four.state_dict() == three.state_dict() and set(four.state_dict()["others"]) == {"animals", "brackets"}
     with pytest.raises(ValueError, match="animals"):
         BatchReader(TokenData(tiny_data, ["sums"]), 256, 8, seed=2).load_state_dict(one.state_dict())
 

@@ -239,6 +239,12 @@ def test_extreme_input_gives_the_exact_weights():
             compared += 1
 
 
+def test_a_difference_of_a_millinat_counts():
+    losses, reference = np.array([2.0, 2.001, 2.0005]), np.full(3, 1.5)
+    q = dro_weights(losses, reference, P, rho=0.1, floor=0.2)
+    assert q == pytest.approx(by_bisection(losses - reference, P, 0.1, 0.2, 0), rel=1e-6) and abs(q[1] - P[1]) > 0.1
+
+
 def test_numbers_out_of_range_are_refused_by_name():
     p = [0.5, 0.5]
     for call, words in (
@@ -390,6 +396,42 @@ def test_a_law_knows_the_parameters_and_the_last_rate(law, b):
         params, rate = 1.25e6 - 0.75e6 * min(k / 20, 1), 0.1 + 0.45 * (1 + np.cos(np.pi * k / 60))
         update(mixture, k / 60, truth(k, params, rate), [1000 * k] * 2, params, [60_000] * 2, 5e5, rate, 0.1)
     assert mixture.state["reference"] == pytest.approx(truth(60, 5e5, 0.1), abs=0.005)
+
+
+@pytest.mark.parametrize("b", [0.0, 0.3])
+def test_the_papers_law_is_each_domains_own_and_knows_no_rate(b):
+    """Eq. 4 with other exponents in each domain, while the learning rate falls."""
+
+    def truth(k):
+        return [1.5 + 0.3 * (k / 60) ** -0.2, 1.2 + 0.5 * (k / 60) ** -0.9]
+
+    mixture = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True, law="paper")
+    for k in range(1, 31):
+        losses = [x + b * (1 - k / 60) for x in truth(k)]
+        update(mixture, k / 60, losses, [1000 * k] * 2, 1e6, [60_000] * 2, 1e6, rate=1 - k / 60, rate_end=0.0)
+    assert [law.B for law in mixture.laws] == [0, 0]
+    assert b or mixture.state["reference"] == pytest.approx(truth(60), abs=1e-3)
+
+
+@pytest.mark.parametrize("law", ["rate", "paper"])
+def test_a_law_is_not_asked_too_far_ahead_and_the_last_prediction_stays(law):
+    """As in a run whose number of steps grows: 30 evaluations cannot say where it will be after 10^7 of them."""
+    mixture = Mixture(["a"], [1.0], "dro", dynamic_reference=True, law=law)
+    for k in range(1, 41):
+        end = 60_000 if k <= 30 else 10**10
+        record = update(mixture, k / 60, [1.5 + 0.3 * (k / 60) ** -0.4], [1000 * k], 1e6, [end], 1e6)
+        assert (k > 30) == ("so far ahead" in str(record["no_prediction"][0]))
+    assert mixture.state["reference"] == pytest.approx([1.8], abs=1e-3)  # and not 1.85, the best that was seen
+    assert mixture.state["reference_is"] == ["predicted"]
+
+
+def test_what_was_seen_follows_lower_losses_also_without_a_law():
+    mixture, best = Mixture(["a", "b"], [0.5, 0.5], "dro", dynamic_reference=True), []
+    for k in range(1, 31):
+        record = update(mixture, k / 30, [2 + k**-0.5, 0.9 if k == 25 else 1 + 0.01 * k], [k, k], 1e6, [30, 30], 1e6)
+        best.append(mixture.state["reference"][1])
+    assert record["no_prediction"][1] == "the losses do not fall"
+    assert best[23] == pytest.approx(1.01) and best[24:] == [0.9] * 6
 
 
 GIVEN = [(0.02, 0.5, 0.0), (5.0, 0.0, 0.7), (0.3, 0.4, 0.01)]  # rho, floor, temperature

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -49,7 +50,10 @@ def test_table_and_json_of_runs_checkpoints_and_models(chain, tiny_data, tmp_pat
             assert row["bits_per_byte"] == pytest.approx(
                 loss / math.log(2) / TokenData(tiny_data).bytes_per_token(domain, "val"), rel=1e-6
             )
-            assert row["degradation"] == pytest.approx(loss - source["domains"][domain]["loss"], abs=1e-6)
+            first = source["domains"][domain]
+            assert row["degradation"] == pytest.approx(loss - first["loss"], abs=1e-6)
+            in_bits = row["bits_per_byte"] - first["bits_per_byte"]
+            assert row["degradation_bits_per_byte"] == pytest.approx(in_bits, abs=1e-9)
             assert f"{loss:.3f}" in text
     assert pruned["average"]["loss"] == pytest.approx(sum(r["loss"] for r in pruned["domains"].values()) / 3)
     assert pruned["worst"]["degradation"] == max(r["degradation"] for r in pruned["domains"].values())
@@ -57,6 +61,37 @@ def test_table_and_json_of_runs_checkpoints_and_models(chain, tiny_data, tmp_pat
     assert all(r[f"{kind}_tokens_per_second"] > 0 for r in results.values() for kind in ("prefill", "decode"))
     for word in ("average", "worst", "parameters", "prefill tokens/s", "decode tokens/s", f"{pruned['parameters']:,}"):
         assert word in text
+
+
+def test_a_table_compares_speeds_with_the_first_model():
+    row = {"loss": 1.0, "perplexity": 1.0, "bits_per_byte": 1.0, "degradation": 0.0}
+    rows = {"domains": {"a": row}, "average": row, "worst": row}
+    speeds = [{"parameters": n, "prefill_tokens_per_second": a, "decode_tokens_per_second": b}
+              for n, a, b in ((100, 10.0, 5.0), (50, 30.0, 4.0))]  # fmt: skip
+    text = tables.loss_table({str(i): rows | speed for i, speed in enumerate(speeds)})
+    shown = [line.split()[-2:] for line in text.splitlines()[-3:]]
+    assert shown == [["50", "(0.50x)"], ["30", "(3.00x)"], ["4", "(0.80x)"]]
+
+
+def test_speed_is_a_median_and_decoding_has_a_cache(monkeypatch):
+    """What is measured: a prompt, then one token at a time. The clock moves by a second a token that is computed."""
+    now, llama, lengths = [0.0], Llama(LlamaConfig(61, 1, 16, 2, 2, 8, 16, 512)), []
+
+    def forward(tokens, cache=None):
+        now[0] += tokens.shape[1]
+        lengths.append((tokens.shape[1], cache is not None and cache[0].used))
+        return Llama.forward(llama, tokens, cache=cache)
+
+    monkeypatch.setattr(llama, "forward", forward)
+    monkeypatch.setattr(eval_module.time, "perf_counter", lambda: now[0])
+    measured = eval_module.speed_once(llama)
+    assert measured == {"prefill": pytest.approx(1.0), "decode": pytest.approx(1.0)}
+    decoded = [length for length in lengths if length[0] == 1]
+    assert decoded == [(1, 256 + i) for i in range(eval_module.DECODE)]
+    once = iter([{"prefill": x, "decode": 2 * x} for x in (9.0, 1.0, 2.0, 1.5, 0.1)])
+    monkeypatch.setattr(eval_module, "speed_once", lambda model: next(once))
+    [found] = eval_module.speed([llama], nullcontext)
+    assert found == {"prefill_tokens_per_second": 1.5, "decode_tokens_per_second": 3.0}
 
 
 def test_a_domain_may_be_called_average():

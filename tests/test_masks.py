@@ -150,6 +150,31 @@ def test_noise_is_keyed_by_seed_step_and_gate_sample():
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(samples, 2))
 
 
+def test_a_gate_that_is_surely_open_still_closes_as_often_as_it_should():
+    """The noise reaches into its tails. P(z = 0) is .2 % at the upper clamp, a five-hundredth of the draws."""
+    masks = PruningMasks(SOURCE, TARGET, 0)
+    draws = torch.cat([masks.sample(0, step, 0).ffn.flatten() for step in range(1000)])
+    p = 1 / (1 + math.exp(math.log(100) - 2 / 3 * math.log(1 / 11)))
+    assert abs((draws == 0).double().mean().item() - p) < 4 * (p / len(draws)) ** 0.5
+
+
+def test_log_alpha_stays_where_it_has_a_gradient():
+    masks = random_masks(SOURCE, TARGET, low=-9, high=9)
+    before = masks.ffn.log_alpha.detach().clone()
+    masks.clamp_()
+    assert torch.equal(masks.ffn.log_alpha, before.clamp(-math.log(100), math.log(100)))
+    assert before.min() < -8 < 8 < before.max()
+
+
+def test_gates_are_undecided_between_5_and_95_percent():
+    masks = random_masks(SOURCE, TARGET, low=-7, high=7)
+    _, stats = masks.lagrangian(0)
+    for name, distribution in masks.distributions().items():
+        p = torch.sigmoid(distribution.log_alpha.detach().double() + 2 / 3 * math.log(11))  # z != 0
+        expected = ((p > 0.05) & (p < 0.95)).double().mean().item()
+        assert stats[name]["undecided"].item() == pytest.approx(expected) and (name != "ffn" or 0.1 < expected < 0.9)
+
+
 def test_survivors_are_the_highest_scores_of_each_row():
     scores = torch.tensor([[0.3, -1.0, 2.0, 0.3], [5.0, 4.0, 3.0, 2.0]])
     for keep, expected in (

@@ -86,6 +86,20 @@ def test_cache_gives_the_logits_of_the_whole_text(name):
         assert relative(torch.cat(parts, 1), llama(tokens)) < 1e-12
 
 
+def test_groups_are_those_of_gqa_also_where_the_kernel_knows_none(monkeypatch):
+    """On CUDA in float32 keys and values are repeated: here with tensors that say they are there."""
+    llama, tokens = random_llama(SHAPES["gqa"]), torch.randint(97, (2, 20))
+    expected = llama(tokens)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **how: (seen.append((k.shape[1], how["enable_gqa"])), attention(q, k, v, **how))[1],
+    )
+    assert relative(llama(tokens), expected) < 1e-5 and set(seen) == {(4, False)}
+
+
 def test_greedy_generation_is_transformers():
     ours = random_llama(SHAPES["gqa"]).double()
     config = transformers.LlamaConfig(
@@ -106,6 +120,7 @@ def test_initial_weights_follow_the_seed_alone():
     assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
     assert a.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert a.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.1)
+    assert a.layers[0].self_attn.o_proj.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.1)
     assert (a.norm.weight == 1).all()
     qwen = Llama(SHAPES["biases (Qwen2)"]).init_weights(1)
     assert (qwen.layers[0].self_attn.v_proj.bias == 0).all()

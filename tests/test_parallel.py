@@ -116,7 +116,7 @@ def test_one_process_is_continued_by_four_sharded_ones(pruning, tmp_path, monkey
     args, expected = pruning
     mine = [*args, f"--out={tmp_path / 'x'}"]
     assert run(monkeypatch, *mine, "--stop_at=7") == 0
-    done = fresh(script, "train.py", *mine, "--parallel=fsdp", n=4)
+    done = fresh(script, "train.py", *mine, "--parallel=fsdp", "--shard_gradients=True", n=4)
     assert done.returncode == 0, done.stderr
     assert_same(metrics(tmp_path / "x"), expected)
 
@@ -259,26 +259,28 @@ def ranks():
 
 
 class Reduced(TorchDispatchMode):
-    """Takes down the dtypes that gradients are summed in."""
+    """Takes down the dtypes that gradients are summed in, and those of the matrix products."""
 
     def __init__(self):
         super().__init__()
-        self.dtypes = set()
+        self.dtypes, self.products = set(), set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         if "reduce_scatter" in str(function):
-            self.dtypes |= {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+            self.dtypes |= found
+        if function is torch.ops.aten.mm.default:
+            self.products |= found
         return function(*args, **(kwargs or {}))
 
 
-def test_shards_sum_their_gradients_in_float32(ranks):
+def test_shards_multiply_in_bfloat16_and_sum_their_gradients_in_float32(ranks):
     how = parallel.sharding("fsdp", "bfloat16", torch.device("cpu")) | {"mesh": ranks(0, 2)}
     config = LlamaConfig(97, 2, 48, 4, 4, 12, 64, 64)
     model, tokens = parallel.make_model(config, 0, torch.device("cpu"), **how), torch.zeros(1, 9, dtype=torch.int64)
-    loss = model(tokens, targets=tokens)
     with Reduced() as reduced:
-        loss.sum().backward()
-    assert reduced.dtypes == {torch.float32}
+        model(tokens, targets=tokens).sum().backward()
+    assert reduced.dtypes == {torch.float32} and reduced.products == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("from_file", [True, False])
@@ -479,6 +481,9 @@ def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
         assert need[n]["all"] == pytest.approx(sum(need[n][kind] for kind in cost.ROWS))
         assert 0.5 * need[n]["all"] < cost.least(config, s.batch_size // n, s.seq_len, n) < need[n]["all"]
     assert need[1]["gathered shards"] == 0 < need[2]["gathered shards"]
+    split = cost.memory(replace(s, micro_batch=1), config, train.rehearse)["gradients"]
+    sharded = cost.memory(replace(s, micro_batch=1, shard_gradients=True), config, train.rehearse)["gradients"]
+    assert sharded == pytest.approx(2 * config.n_params(), rel=0.01) and split > 1.9 * sharded
     args += ["--gpu=h100", "--dollars_per_gpu_hour=1e9"]
     assert run(monkeypatch, *args, "--dry_run=True", "--world_size=2", "--out=out/never") == 0
     out = capsys.readouterr().out

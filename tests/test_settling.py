@@ -24,6 +24,7 @@ from model import Gates, Llama
 from plumbing import choices, cut
 from plumbing.data import TokenData
 from plumbing.models import load_model
+from plumbing.settings import Settings
 
 
 def masks_that_settle(**settings) -> PruningMasks:
@@ -59,6 +60,7 @@ def test_what_goes_fades_out_and_what_stays_comes_to_one():
         # the gates of a step are those that its update leads to, and have no gradient
         assert torch.equal(getattr(masks.sample(0, 24, 3), name), getattr(masks.settling(25), name))
         assert not getattr(masks.sample(0, 24, 3), name).requires_grad
+        assert torch.equal(getattr(masks.evaluated(20), name), getattr(start, name))  # measured with what is trained
     assert masks.expected_params(30) == SMALL.n_params()
     assert masks.sparsity(30) == pytest.approx({"layer": 0.5, "hidden": 10 / 24, "head": 0.5, "ffn": 19 / 40})
     # on the way, what stays counts whole and what goes fades: P never falls below the target's, to rise again
@@ -120,7 +122,6 @@ def test_a_run_that_settles_is_whole(settled, tiny_data):
     evals = {line["step"]: line for line in metrics(out, "eval")}
     end, small = metrics(out, "end")[0], Llama.from_pretrained(out / "model")
     assert end["parameters"] == small.config.n_params() == evals[20]["parameters"] == evals[30]["parameters"]
-    assert all(0.02 < z < 0.98 or z in (0, 1) for z in evals[12]["gates"]["layer"])
     for step in (20, 18):  # at the cut all gates are 0 or 1
         assert (set(np.ravel(evals[step]["gates"]["head"])) == {0.0, 1.0}) == (step == 20)
     assert "gates" not in evals[22] and end["loss"] == pytest.approx(evals[30]["loss"], rel=1e-6)
@@ -141,6 +142,17 @@ def test_the_loss_is_the_same_before_and_after_the_cut(settled, tiny_data):
     losses = domain_losses(small, TokenData(tiny_data), "val", 64, 4, 4)
     measured = {line["step"]: line["loss"] for line in metrics(out, "eval")}[20]
     assert small.config.d_model == 24 and losses == pytest.approx(measured, rel=1e-5)
+
+
+def test_a_run_that_ends_where_it_has_settled(settled, tmp_path, monkeypatch):
+    """Its last gates are 0 or 1, and what is written is the model that they gave."""
+    _, args = settled
+    mine = "--noise_from=2 --noise_to=5 --sparsity_warmup=4 --settle_at=6 --fade=4 --steps=10".split()
+    assert run(monkeypatch, *args, *mine, f"--out={tmp_path / 'x'}") == 0
+    (end,), last = metrics(tmp_path / "x", "end"), metrics(tmp_path / "x", "eval")[-1]
+    assert end["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    kept = json.loads((tmp_path / "x" / "model" / "pruning.json").read_text())
+    assert set(np.ravel(kept["ffn"]["gates"])) == {1.0}
 
 
 def test_a_fading_choice_goes_on(settled, tmp_path, monkeypatch):
@@ -277,6 +289,12 @@ def test_settings_that_cannot_be(wrong, message, settled, tmp_path, monkeypatch,
     _, args = settled
     assert run(monkeypatch, *args, *wrong, f"--out={tmp_path / 'x'}") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_fading_choice_is_pruned_when_it_has_faded():
+    """There the scaling law's P is the target's; learned gates are there when the target sparsity is."""
+    s = Settings(steps=999, init_from="x", target_n_layer=1, gates="taylor", fade=30)
+    assert (s.pruned_at, replace(s, gates="learned", fade=0).pruned_at) == (30, s.sparsity_warmup)
 
 
 # -- choices that look at text ----------------------------------------------------------------------------------------

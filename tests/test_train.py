@@ -586,7 +586,7 @@ def test_every_shipped_config_loads(config):
         papers = config in {"toy_prune.py", "toy_gates.py"} or s.law == "paper"
         mixture = ("dro", True, True, 0.1, 0, 0.1, 2) if papers else ("dro", False, True, 1, 0.2, 0.5, 16)
         assert mixture == (s.schedule, s.dynamic_reference, s.dynamic_ratio, s.rho, s.temperature, s.delta, s.bound)
-        assert s.steps // s.eval_interval >= 24
+        assert s.steps // s.eval_interval >= 24 and s.floor == 0.2
 
 
 def test_seven_b_configs_prune_llama_2_to_the_papers_shape():
@@ -600,6 +600,12 @@ def test_seven_b_configs_prune_llama_2_to_the_papers_shape():
     with torch.device("meta"):
         assert PruningMasks(seven, shape, s.sparsity_warmup).head.log_alpha.shape == (32, 32)
     assert s.batch_size * s.seq_len == 32 * 4096 and s.steps == 3200
+    assert (Settings().gate_lr, Settings().multiplier_lr) == (s.gate_lr, s.multiplier_lr) == (1.0, 1.0)
+    # as published with Sheared LLaMA's 1.3B model
+    names = ["CommonCrawl", "Github", "Book", "StackExchange", "Wikipedia", "ArXiv", "C4"]
+    ratio, losses = [0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15], [1.9643, 0.7459, 2.1393, 1.6117, 1.7590, 1.4449]
+    assert s.ratio == {f"RedPajama{name}": share for name, share in zip(names, ratio)}
+    assert s.reference_losses == {f"RedPajama{name}": loss for name, loss in zip(names, [*losses, 2.1251])}
 
 
 def test_evaluation_is_over_all_sequences_whatever_the_batch_size(chain, tiny_data):
@@ -642,6 +648,18 @@ def test_the_mixture_hears_where_the_run_is_and_where_it_ends(tiny_data, tmp_pat
         assert (progress, now.tokens.sum(), end.rate) == (step / 20, step * 4 * 64, pytest.approx(rate(19)))
         assert now.rate == pytest.approx(rate(max(0, step - 1)))
         assert step == 0 or end.tokens.sum() == pytest.approx(20 * 4 * 64)
+
+
+def test_a_choice_looks_at_the_batches_of_the_first_four_steps(chain, tiny_data, tmp_path, monkeypatch):
+    asked, scores = [], train.choices.scores
+    monkeypatch.setattr(train.choices, "scores", lambda *how: (asked.extend(how[3]), scores(*how))[1])
+    args = [f"--data={tiny_data}", f"--init_from={chain[0]['pretrain']}", "--target_n_layer=2", "--steps=1"]
+    args += ["--gates=taylor", "--ratio={'animals': 8, 'brackets': 1, 'sums': 1}", f"--out={tmp_path / 'x'}"]
+    assert run(monkeypatch, *args) == 0
+    reader = BatchReader(TokenData(tiny_data), 64, 4, seed=0)
+    reader.go_on_after(data_position(chain[0]["pretrain"]))
+    batches = [reader.next_batch(step, np.array([0.8, 0.1, 0.1]))[0].tokens for step in range(4)]
+    assert torch.equal(torch.cat(asked), torch.cat(batches))
 
 
 def test_the_first_mixture_is_that_of_the_text_or_of_the_ratio(tiny_data):
