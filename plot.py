@@ -418,7 +418,8 @@ def comparison_figure(runs: list[Metrics]) -> Figure:
             draw(ax, tokens, reduce(values, axis=0), marker, color=color, ls=ls, lw=lw, gid=f"{kind} {name}")
             if run.end:
                 at = float(run.evals[-1]["tokens"])  # not steps times tokens: a run may go on with larger batches
-                ax.plot(at, reduce(final), "*", ms=15, color=color, mec="white", clip_on=False, zorder=5)
+                star = {"ms": 15, "mec": "white", "clip_on": False, "zorder": 5, "gid": f"end, {kind} {name}"}
+                ax.plot(at, reduce(final), "*", color=color, **star)
         dots.plot([*final, final.mean()], rows, marker or "o", ms=10, color=color, alpha=0.8, gid=f"final {name}")
     zoom(ax)
     ax.set_xlim(left=0)

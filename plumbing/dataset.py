@@ -28,6 +28,7 @@ from plumbing.tokenizer import load_tokenizer
 
 FORMAT = 1  # of the data set on disk; a reader refuses any other
 SPLITS = ("train", "val", "test")
+TOKENS_AT_ONCE = 1 << 22  # that are read where a whole file is
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -161,8 +162,8 @@ class TokenData:
             if facts is None:
                 raise ValueError(f"{self.path}: its meta.json has no checksums; it was prepared before there were any")
             found = 0
-            for start in range(0, len(tokens), 1 << 22):
-                found = zlib.crc32(tokens[start : start + (1 << 22)], found)
+            for start in range(0, len(tokens), TOKENS_AT_ONCE):
+                found = zlib.crc32(tokens[start : start + TOKENS_AT_ONCE], found)
             if f"{found:08x}" != facts["crc32"]:
                 raise ValueError(
                     f"{self.file(domain, split)}: its CRC-32 is {found:08x}, meta.json says {facts['crc32']}; it is "

@@ -103,7 +103,7 @@ def find_domain(record: dict, domain_field: str) -> str:
         value = record
         for key in domain_field.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(value, str | int):
+    if not isinstance(value, str | int) or isinstance(value, bool):
         raise ValueError(f"no domain in the field {domain_field} (--domain_field); it has {', '.join(record)[:200]}")
     if why := wrong_name(str(value)):
         raise ValueError(f"the field {domain_field} (--domain_field) names no domain, {why}")

@@ -6,8 +6,10 @@ import json
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ from safetensors.torch import save, save_file
 
 import eval as eval_module
 import train
+from model import Llama, LlamaConfig
 from plumbing import checkpoint
-from plumbing.models import directory_of, load_model
+from plumbing.models import digest, directory_of, load_model
 from plumbing.run import Run, newest_checkpoint
+from plumbing.settings import FREE
 
 
 def with_small_files(limit, *args):
@@ -238,6 +242,10 @@ def test_damage_is_seen_in_each_file(chain, stopped, tmp_path, refused):
             load_model(model)
         file.write_bytes(whole)
     load_model(model)
+    reference = shutil.copytree(out["pretrain"] / "model", tmp_path / "reference")
+    flipped(reference / "model.safetensors")
+    mine = [f"--reference_model={reference}" if a.startswith("--reference") else a for a in args["prune"]]
+    refused(tmp_path, "checksum", *mine, f"--out={tmp_path / 'y'}")
 
 
 def test_a_weight_that_is_not_finite_is_named(chain, stopped, tmp_path, refused):
@@ -352,6 +360,39 @@ def test_data_and_source_may_move(chain, tiny_data, tmp_path, monkeypatch, capsy
     for name in ("model/model.safetensors", "model/config.json"):
         assert (tmp_path / "x" / name).read_bytes() == (out["continue"] / name).read_bytes()
     assert metrics(tmp_path / "x")[1:] == metrics(out["continue"])[1:]
+
+
+def test_what_tells_models_apart(tmp_path):
+    """A sample of their weights, from all of the file, and each number of the config."""
+    config, seen = LlamaConfig(300, 2, 64, 2, 2, 32, 96, 64), set()
+    for name, change in (("a", {}), ("b", {}), ("c", {"rope_theta": 5e3})):
+        model = Llama(replace(config, **change)).init_weights(0)
+        for parameter in model.layers.parameters() if name == "b" else ():  # as if it was trained on
+            parameter.data += 1e-3
+        model.save_pretrained(tmp_path / name)
+        seen.add(digest(str(tmp_path / name)))
+    assert len(seen) == 3 and digest(str(shutil.copytree(tmp_path / "a", tmp_path / "d"))) in seen
+
+
+def test_the_newest_checkpoint_is_that_with_the_most_steps(tmp_path):
+    for step in (1_000_000, 999_999, 42):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    assert newest_checkpoint(tmp_path).name == "step_1000000"
+
+
+def test_what_a_run_may_change_while_it_goes_on():
+    """What neither its numbers nor its model depend on, but for rounding."""
+    machine = {"micro_batch", "activation_checkpointing", "compile", "device", "parallel", "shard_gradients", "threads"}
+    files = {"out", "resume", "save_interval", "keep_checkpoints", "stop_at", "log_interval"}
+    assert FREE == machine | files | {"dry_run", "world_size", "gpu", "utilisation", "dollars_per_gpu_hour"}
+
+
+def test_ctrl_c_ends_with_130():
+    """As shells expect it; a run that SIGTERM stops has done what it was told."""
+    run = object.__new__(Run)
+    for signals, status in (([], 0), ([signal.SIGTERM], 0), ([signal.SIGINT], 130)):
+        run.signals = signals
+        assert run.exit_status == status
 
 
 def test_a_reference_model_is_not_needed_twice(chain, tmp_path, monkeypatch):

@@ -55,6 +55,7 @@ def test_random_scores_follow_the_seed_alone():
     masks = PruningMasks(SOURCE, TARGET, 0)
     one, two = (choices.random_scores(masks, seed) for seed in (1, 2))
     assert not torch.equal(one.ffn, two.ffn) and torch.equal(one.ffn, choices.random_scores(masks, 1).ffn)
+    assert not torch.equal(one.hidden[:4], one.layer) and not torch.equal(one.head[0], one.layer)
 
 
 def test_a_description_chooses_the_same_again():

@@ -48,6 +48,16 @@ def test_questions_are_the_text_and_what_follows_it(tiny_data):
         assert questions != make_questions(data, tokenizer, domain, "train", 40, seed=1)
 
 
+def test_questions_are_of_the_split_that_is_asked_for(tiny_corpus, tmp_path):
+    prepare(str(tiny_corpus), tmp_path / "data", window=256, held_out=0.2)
+    data, tokenizer = TokenData(tmp_path / "data"), load_tokenizer("byte")
+    train = tokenizer.decode(data.tokens("animals", "train"))
+    for split in ("val", "test"):
+        questions = make_questions(data, tokenizer, "animals", split, 10, seed=0)
+        text = tokenizer.decode(data.tokens("animals", split))
+        assert all(q.question + (q.choice1, q.choice2)[q.label] in text and q.question not in train for q in questions)
+
+
 class Positions:
     """A tokenizer, and a text, in which each token is its own position."""
 

@@ -16,7 +16,7 @@ import torch
 from conftest import run
 from scipy import stats
 
-from plumbing import tokenizer
+from plumbing import dataset, tokenizer
 from plumbing.data import BatchReader
 from plumbing.dataset import DamagedData, TokenData, folder_of
 from plumbing.tokenizer import LLAMA3_PATTERN, load_tokenizer
@@ -105,6 +105,11 @@ def test_rank_file_is_llama3s(rank_file):
     assert (tokenizer.bos, tokenizer.eot) == (263, 263 + 1)
     for name, place in (("<|start_header_id|>", 6), ("<|eot_id|>", 9), ("<|reserved_special_token_250|>", 255)):
         assert tokenizer.decode([263 + place]) == name
+    published = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    assert published == LLAMA3_PATTERN
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" t": 258, b" the": 259}
     ranks |= {b"  ": 260, b"xx": 261, b"xxxx": 262}
     reference = tiktoken.Encoding("r", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -114,6 +119,31 @@ def test_rank_file_is_llama3s(rank_file):
     assert tokenizer.encode("the the").tolist() == [257, 259]
     desert = " " * 1_500_000 + "x"  # more than the pattern's backtracking bears in one piece
     assert tokenizer.decode(tokenizer.encode(desert)) == desert
+
+
+def test_the_end_of_a_text_is_the_first_that_a_config_names(bpe_file, tmp_path):
+    """Else a name that is usual for base models, before one for chats."""
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_file(str(bpe_file))
+    library.enable_padding(length=64)  # which is not for text that is prepared
+    library.add_special_tokens(["<|im_end|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    ids = library.get_vocab(with_added_tokens=True)
+    assert load_tokenizer(str(tmp_path)).eot == ids["<|endoftext|>"]
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [ids["</s>"], ids["<|im_end|>"]]}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.eot == ids["</s>"] and len(tokenizer.encode("cats")) < 5
+
+
+def test_a_vocabulary_may_have_gaps(tmp_path):
+    import tokenizers
+
+    words = {"a": 0, "b": 7, "</s>": 9, "<unk>": 4}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).n_vocab == 10
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe_file", "rank_file"])
@@ -358,7 +388,7 @@ def test_damaged_data_is_refused(tiny_data, tmp_path, damage, message):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_verify_reads_all(tiny_data, tmp_path):
+def test_verify_reads_all(tiny_data, tmp_path, monkeypatch):
     """zlib's CRC-32 of each file; a data set that has none is read, but cannot be verified."""
     path = Path(shutil.copytree(tiny_data, tmp_path / "copy"))
     data = TokenData(path)
@@ -366,6 +396,8 @@ def test_verify_reads_all(tiny_data, tmp_path):
         for split in ("train", "val", "test"):
             content, facts = (path / domain / f"{split}.bin").read_bytes(), data.meta["files"][domain][split]
             assert facts == {"crc32": f"{zlib.crc32(content):08x}", "max_id": int(np.frombuffer(content, "<u2").max())}
+    data.verify()
+    monkeypatch.setattr(dataset, "TOKENS_AT_ONCE", 100)
     data.verify()
     put_token(65, where=5)(path)  # a letter for another: only its checksum tells
     with pytest.raises(ValueError, match=r"sums/val.bin: its CRC-32 is [0-9a-f]{8}, meta.json says [0-9a-f]{8}"):

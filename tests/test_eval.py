@@ -68,7 +68,9 @@ def test_a_table_compares_speeds_with_the_first_model():
     rows = {"domains": {"a": row}, "average": row, "worst": row}
     speeds = [{"parameters": n, "prefill_tokens_per_second": a, "decode_tokens_per_second": b}
               for n, a, b in ((100, 10.0, 5.0), (50, 30.0, 4.0))]  # fmt: skip
+    row |= {"loss": 1.125, "perplexity": 3.25, "bits_per_byte": 0.375, "degradation": 0.0625}
     text = tables.loss_table({str(i): rows | speed for i, speed in enumerate(speeds)})
+    assert text.splitlines()[2].split() == ["a", *["1.125", "3.25", "0.375", "0.062"] * 2]
     shown = [line.split()[-2:] for line in text.splitlines()[-3:]]
     assert shown == [["50", "(0.50x)"], ["30", "(3.00x)"], ["4", "(0.80x)"]]
 

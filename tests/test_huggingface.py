@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import MHA, SHAPES, random_llama, relative
 
@@ -69,10 +70,19 @@ def test_sharded_and_bfloat16_weights(tmp_path):
     ours = random_llama(MHA)
     ours.save_pretrained(tmp_path / "one", dtype=torch.bfloat16)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.bfloat16)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one").dtype == torch.bfloat16
     theirs.save_pretrained(tmp_path / "many", max_shard_size="40KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     ours.save_pretrained(tmp_path / "ours", max_shard_bytes=40e3)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2 and not list((tmp_path / "ours").glob("*.partial"))
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * MHA.n_params()
+    for file in (tmp_path / "ours").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}  # some releases of transformers want it
+    ours.save_pretrained(tmp_path / "halves", dtype=torch.bfloat16, max_shard_bytes=40e3)
+    sizes = [len(list((tmp_path / name).glob("*.safetensors"))) for name in ("ours", "halves")]
+    assert 0.4 * sizes[0] < sizes[1] < 0.7 * sizes[0]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     tokens = torch.randint(97, (2, 40))
     with torch.no_grad():
@@ -248,6 +258,20 @@ def test_an_index_names_files_beside_it(tmp_path):
         index.write_text(content)
         with pytest.raises(ValueError, match=words):
             Llama.from_pretrained(tmp_path / "m")
+
+
+def test_the_two_copies_of_a_tied_matrix_are_compared_to_the_last_row(tmp_path):
+    """Row by row: the matrix of a large vocabulary is read in pieces."""
+    ours = random_llama(replace(MHA, n_layer=1, vocab_size=5000, tie_embeddings=True))
+    ours.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    Llama.from_pretrained(tmp_path)
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight is not embed_tokens.weight"):
+        Llama.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kept", ["embed_tokens", "lm_head", "both"])

@@ -79,12 +79,16 @@ def data(theirs, tiny_corpus, tmp_path_factory) -> Path:
 def test_their_model_pruned_loads_in_transformers_with_its_tokenizer(theirs, data, tmp_path, monkeypatch):
     out = tmp_path / "pruned"
     target = ["--target_n_layer=2", "--target_d_model=24", "--target_n_head=3", "--target_d_ffn=32"]
+    beside = {"generation_config.json": '{"eos_token_id": [1, 0]}', "chat_template.jinja": "{{ messages }}"}
+    theirs = shutil.copytree(theirs, tmp_path / "theirs")
+    for name, content in beside.items():
+        (theirs / name).write_text(content)
     args = [f"--data={data}", f"--init_from={theirs}", "--steps=12", "--sparsity_warmup=4", *target]
     assert run(monkeypatch, *args, f"--out={out}") == 0
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         out / "model", dtype=torch.float32, output_loading_info=True
     )
-    assert not any(info.values())
+    assert not any(info.values()) and all((out / "model" / name).read_text() == beside[name] for name in beside)
     c = model.config
     assert (c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size) == (3, 1, 8, 24)
     assert (c.bos_token_id, c.eos_token_id, c.vocab_size, c.tie_word_embeddings) == (0, [1, 0], 512, True)
@@ -282,6 +286,7 @@ def test_a_tokenizer_that_was_moved_is_named_by_the_option_that_there_is(tiny_da
 def test_fingerprints_tell_tokenizers_apart(theirs):
     names = [fingerprint(load_tokenizer(spec)) for spec in ("byte", str(theirs), str(theirs / "tokenizer.json"))]
     assert names[0] != names[1] == names[2]
+    assert names[0] == "0271dfb282076358"  # data sets and models that users have hold it
 
 
 def load_whole(warm, path):

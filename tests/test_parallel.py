@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,23 @@ def test_processes_with_other_settings_do_not_train_together(pruning, tmp_path):
     done = fresh(at_its_own_rate, *pruning[0], f"--out={tmp_path / 'x'}", n=2)
     assert done.returncode == 2 and not (tmp_path / "x").exists()
     assert done.stderr == "train.py: process 1: lr is 0.002, and 0.001 in process 0\n"
+
+
+def with_its_own_data(mine, theirs, *args):
+    script("train.py", *args, f"--data={theirs if os.environ['RANK'] == '1' else mine}")
+
+
+def test_processes_with_other_data_do_not_train_together(pruning, tiny_data, tmp_path):
+    """A path is not looked at, but what is there."""
+    args, same, other = pruning[0], *(shutil.copytree(tiny_data, tmp_path / name) for name in ("same", "other"))
+    meta = other / "meta.json"
+    meta.write_text(meta.read_text().replace('"seed": 0', '"seed": 1'))
+    args = [*args, f"--out={tmp_path / 'x'}", "--steps=1", "--sparsity_warmup=0"]
+    done = fresh(with_its_own_data, tiny_data, other, *args, n=2)
+    assert done.returncode == 2 and not (tmp_path / "x").exists()
+    assert "process 1: the content of data is " in done.stderr and done.stderr.count("\n") == 1
+    done = fresh(with_its_own_data, tiny_data, same, *args, n=2)
+    assert done.returncode == 0, done.stderr
 
 
 def test_too_few_gpus_are_known_to_all_processes(monkeypatch):
@@ -520,6 +538,7 @@ def test_dry_run_of_a_cut_at_once_knows_the_source():
         (["--gates=taylor", "--world_size=2"], 8, 0),
         (["--gates=random", *shards], 2, small / 2),
         (["--gates=taylor", *shards], 6, 0),
+        (["--reference_model=SmolLM2-135M", *shards], 2, 2 * cost.PUBLISHED["SmolLM2-135M"].n_params()),
     ):
         s = load(train.Settings, ["--batch_size=2", "--seq_len=16", *args, *more])
         need = cost.memory(s, source, train.rehearse)["all"]
@@ -593,6 +612,71 @@ def test_the_peak_is_that_of_the_gpu():
         "NVIDIA RTX A1000 Laptop GPU": None,
     }
     assert {name: cost.peak_of(name, "bfloat16") for name in peaks} == peaks
+
+
+def test_a_gpu_has_two_peaks_and_a_memory():
+    """A100, H100 and H200 by NVIDIA's data sheets: float32 without tensor cores. GB and GiB are two things."""
+    peaks = {"a100": 19.5e12, "h100": 67e12, "h200": 67e12}
+    assert {name: cost.peak_of(name, "float32") for name in peaks} == peaks
+    assert (cost.memory_of("24GB"), cost.memory_of("24GiB")) == (24e9, 24 * 2**30)
+    assert (cost.memory_of("a100-40gb"), cost.memory_of("H200")) == (39 * 2**30, 140 * 2**30)
+
+
+def test_published_shapes_have_the_published_numbers_of_parameters():
+    """As their model cards and checkpoints have them."""
+    numbers = {
+        "Llama-2-7b-hf": 6_738_415_616,
+        "Meta-Llama-3-8B": 8_030_261_248,
+        "SmolLM2-135M": 134_515_008,
+        "Qwen3-0.6B": 596_049_920,
+    }
+    assert {name: config.n_params() for name, config in cost.PUBLISHED.items()} == numbers
+    for config in (*cost.PUBLISHED.values(), replace(SMALL, qkv_bias=True)):
+        assert sum(cost.parts(config).values()) == config.n_params()
+
+
+def test_a_config_that_goes_on_starts_from_the_small_model():
+    s = load(train.Settings, [str(ROOT / "config" / "continue_1.3b.py")])
+    assert cost.shape_of(s).n_params() == pytest.approx(1.345e9, rel=1e-3)
+
+
+def test_the_rows_of_a_dry_run_fit_together(monkeypatch, capsys):
+    """Two GPUs: hours, GPU-hours, tokens per second, price, FLOPs and logits of one run, computed from its settings."""
+    args = "--n_layer=2 --d_model=256 --n_head=4 --d_ffn=688 --world_size=2 --gpu=a100 --data=data/none".split()
+    args += "--activation_checkpointing=True --dollars_per_gpu_hour=1e6 --dry_run=True".split()
+    args += "--steps=100_000_000 --eval_interval=100_000_000".split()
+    assert run(monkeypatch, *args) == 0
+    text, s = capsys.readouterr().out, load(train.Settings, [*SHAPE, *args])
+    config, tokens = s.shape_from_scratch(257), 10**8 * 4 * 64
+    forward = cost.flops_per_token(config, 64, backward=False)
+    seconds = forward * (4 * tokens + 2 * 4 * 64) / (19.5e12 * 0.33) / 2
+    said = re.search(r"time +([\d.]+) h, ([\d.]+) GPU-hours", text)
+    assert float(said[1]) == pytest.approx(seconds / 3600, abs=0.006)
+    assert float(said[2]) == pytest.approx(2 * seconds / 3600, abs=0.06)
+    price = re.search(r"price +\$([\d,.]+) at", text)[1].replace(",", "")
+    assert float(price) == pytest.approx(2 * seconds / 3600 * 1e6, rel=1e-3)
+    speed = re.search(r"speed +([\d,]+) training tokens", text)[1].replace(",", "")
+    assert float(speed) == pytest.approx(tokens / seconds, rel=1e-3)
+    assert f"{3 * forward:.3g} + {forward:.3g} recomputed" in text
+    logits = cost.readable(4 * 2 * 64 * 257)  # float32, of the two sequences that a process has at once
+    assert re.search(rf"float32 logits +{re.escape(logits)} at once", text)
+
+
+def test_what_surely_does_not_fit_is_refused_by_all_shards_together(monkeypatch):
+    """A model in eight shards needs an eighth."""
+    s, cpu = load(train.Settings, [*SHAPE, "--parallel=fsdp", "--batch_size=8"]), torch.device("cpu")
+    page, there = os.sysconf("SC_PAGE_SIZE"), 16 * 10**6
+    monkeypatch.setattr(
+        cost.os, "sysconf", lambda name: {"SC_PAGE_SIZE": page, "SC_PHYS_PAGES": there // 2 // page}[name]
+    )
+    large = LlamaConfig(257, 2, 512, 8, 8, 64, 688, 64)
+    assert there < 16 * large.n_params() < 8 * there
+    with pytest.raises(ValueError, match="needs more than"):
+        cost.check_memory(s, large, cpu)
+    monkeypatch.setattr(parallel, "size", lambda: 8)
+    cost.check_memory(s, large, cpu)
+    with pytest.raises(ValueError, match="needs more than"):
+        cost.check_memory(replace(s, parallel="ddp"), large, cpu)
 
 
 def test_flops_are_those_that_pytorch_counts(monkeypatch):

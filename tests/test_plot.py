@@ -150,6 +150,13 @@ def test_read_metrics_skips_a_half_written_line(tmp_path):
     assert torn.end is None
 
 
+def test_a_run_that_went_on_is_what_it_is_now(tmp_path):
+    """Its last `run` line counts: here the number of steps has grown."""
+    first, *lines = records(stop=50)
+    run = plot.read_metrics(write(tmp_path, [first, *lines, first | {"steps": 400}]))
+    assert run.info["steps"] == 400
+
+
 # --- what the pictures show
 
 
@@ -247,8 +254,12 @@ def test_loss_prediction_and_truth(tmp_path, stage):
     half = next(e for e in evals(lines) if e["step"] == 100)  # the forecast of a finished run: made at half time
     assert [ax.get_title("left") for ax in fig.axes] == TOY
     for ax, d in zip(fig.axes, TOY):
-        assert np.allclose(find(ax, "loss").get_ydata(), column(evals(lines), "loss", d))
+        steps, losses = column(evals(lines), "step"), column(evals(lines), "loss", d)
+        assert np.allclose(find(ax, "loss").get_data(), [steps, losses])
+        assert np.allclose(find(ax, "reference loss").get_xdata(), [*steps, 200])
         assert np.allclose(find(ax, "reference loss").get_ydata()[:-1], column(evals(lines), "reference", d))
+        x, mean = find(ax, "mean").get_data()
+        assert np.allclose(x, steps) and np.allclose(mean[[0, 9]], [losses[0], losses[7:12].mean()])
         assert np.allclose(find(ax, "curve").get_data(), [half["curve"]["step"], half["curve"]["loss"][d]])
         assert np.allclose(find(ax, "prediction").get_data(), [[200], [half["prediction"][d]]])
         assert np.allclose(find(ax, "end").get_data(), [[200], [lines[-1]["loss"][d]]])
@@ -341,6 +352,8 @@ def test_sparsity(tmp_path):
     train = [r for r in lines if r["type"] == "train"]
     sparsity, undecided, lam, phi = fig.axes
     for g in GATED:
+        for ax, key in zip(fig.axes, ("sparsity", "undecided", "lambda", "phi")):
+            assert np.allclose(find(ax, f"{key} {g}").get_xdata(), column(train, "step"))
         assert np.allclose(find(sparsity, f"sparsity {g}").get_ydata(), 100 * column(train, "sparsity", g))
         assert np.allclose(find(sparsity, f"target {g}").get_ydata(), 100 * column(train, "target_sparsity", g))
         assert np.allclose(find(undecided, f"undecided {g}").get_ydata(), 100 * column(train, "undecided", g))
@@ -369,6 +382,12 @@ def test_gates(tmp_path):
         "hidden dimensions 128 → 96",
     ]
     assert fig.axes[2].get_xlim() == (-0.5, 343.5)  # dimensions, not bins
+    assert fig.axes[2].get_ylim() == (5.5, -0.5)  # the first layer is the first row
+    names = ", ".join(str(i) for i in range(6) if gone[i])
+    assert f"removed layers: {names} (white, and what is grey with them)" in fig.get_suptitle()
+    lines[-1]["gates"] = {g: np.ones_like(z).tolist() for g, z in gates.items()}  # those of the finished model count
+    fig = plot.gates_figure(plot.read_metrics(write(tmp_path, lines)))
+    assert np.all(fig.axes[0].images[0].get_array() == 1)
 
 
 @pytest.mark.parametrize("left", [["hidden"], ["head", "ffn"], ["layer"], []])
@@ -396,6 +415,8 @@ def test_comparison(tmp_path):
         assert np.allclose(find(left, f"average {name}").get_xdata(), column(evals(lines), "tokens"))
         ends[name] = [lines[-1]["bits_per_byte"][d] for d in both]
         assert np.allclose(find(right, f"final {name}").get_xdata(), [*ends[name], np.mean(ends[name])])
+        for kind, end in (("average", np.mean(ends[name])), ("worst domain", np.max(ends[name]))):
+            assert np.allclose(find(left, f"end, {kind} {name}").get_data(), [[evals(lines)[-1]["tokens"]], [end]])
     fig.draw_without_rendering()
     assert [t.get_text() for t in right.get_yticklabels()] == [*both, "average"]
     assert left.get_xlabel() == "tokens" and "800k" in [t.get_text() for t in left.get_xticklabels()]

@@ -239,6 +239,17 @@ def test_duplicates_go_unique_documents_stay(tmp_path, monkeypatch):
     assert len(small) > len(large) + 1000
 
 
+def test_a_text_of_two_domains_is_of_the_one_that_is_read_first(tmp_path):
+    for domain in ("a", "b"):
+        (tmp_path / "c" / domain).mkdir(parents=True)
+        (tmp_path / "c" / domain / "x.jsonl").write_bytes(jsonl(texts_for("both") + texts_for(domain)))
+    prepare(str(tmp_path / "c"), tmp_path / "out", window=16, held_out=0.1)
+    data, both = TokenData(tmp_path / "out"), {text.encode() for text in texts_for("both")}
+    train = {domain: documents_of(data, domain, "train") for domain in data.domains}
+    first, second = sorted(train.values(), key=lambda found: -len(both.intersection(found)))
+    assert len(both.intersection(first)) > 60 and not both.intersection(second) and len(second) > 60
+
+
 def test_surrogates_and_broken_utf8(tmp_path, capsys):
     (tmp_path / "c" / "d").mkdir(parents=True)
     (tmp_path / "c" / "d" / "a.jsonl").write_bytes(
@@ -299,6 +310,14 @@ def test_max_mb_is_a_limit_a_domain(tiny_corpus, tmp_path):
         # a choice by seed, not the first by name
         first = {p.read_bytes() for p in sorted((tiny_corpus / domain).iterdir())[:60]}
         assert set(documents_of(data, domain, "train")) - first
+
+
+def test_max_mb_counts_bytes(tmp_path):
+    """A Chinese character has three."""
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(jsonl([f"{i} " + "日" * 300 for i in range(200)]))
+    prepare(str(tmp_path / "c"), tmp_path / "out", window=64, held_out=0.2, max_mb=0.05)
+    assert 49_000 < sum(facts["bytes"] for facts in TokenData(tmp_path / "out").meta["domains"]["d"].values()) < 51_000
 
 
 def test_max_mb_ends_the_reading(tmp_path):
@@ -370,6 +389,18 @@ def test_shared_text_is_measured_and_dropped(tmp_path):
         assert documents_of(as_is, domain, "train") == documents_of(dropped, domain, "train")
     assert as_is.tokens("own", "test").tolist() == dropped.tokens("own", "test").tolist()
     assert len(dropped.tokens("copied", "test")) > len(as_is.tokens("copied", "test")) / 3
+
+
+def test_documents_too_short_to_be_judged_stay_held_out(tmp_path):
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefgh ", k=80)) for _ in range(500)]
+    (tmp_path / "c" / "d" / "a.jsonl").write_bytes(jsonl(texts))
+    held_out = []
+    for drop in (False, True):
+        prepare(str(tmp_path / "c"), tmp_path / str(drop), window=64, held_out=0.2, drop_shared=drop)
+        held_out.append(TokenData(tmp_path / str(drop)).tokens("d", "test").tolist())
+    assert held_out[0] == held_out[1]
 
 
 def test_memory_for_shared_text_is_constant(monkeypatch):
@@ -549,6 +580,39 @@ def test_a_domain_of_few_files_is_cut(tmp_path, files, size, monkeypatch):
     assert not any(piece in b"".join(parts) for piece in pieces)
 
 
+def test_a_file_that_is_cut_keeps_its_bytes(tmp_path):
+    """But for the mark at its beginning, which is no text."""
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    text = "eine Zeile\r\nnoch eine\n" * 400
+    (tmp_path / "c" / "d" / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    prepare(str(tmp_path / "c"), tmp_path / "out", window=64, held_out=0.2)
+    [train] = documents_of(TokenData(tmp_path / "out"), "d", "train")
+    assert text.encode().startswith(train) and len(train) > 0.7 * len(text)
+
+
+def test_twenty_files_are_documents_and_nineteen_are_cut(tmp_path):
+    for n in (19, 20):
+        (tmp_path / str(n) / "d").mkdir(parents=True)
+        texts = {f"{i} " + "eine Zeile\n" * 99 for i in range(n)}
+        for i, text in enumerate(sorted(texts)):
+            (tmp_path / str(n) / "d" / f"{i}.txt").write_text(text)
+        prepare(str(tmp_path / str(n)), tmp_path / "out" / str(n), window=32, held_out=0.3)
+        whole = [text.decode() in texts for text in documents_of(TokenData(tmp_path / "out" / str(n)), "d", "train")]
+        assert any(whole) == all(whole) == (n == 20)
+
+
+def test_one_document_on_many_lines(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"text": "one\ntwo"}, indent=2))
+    assert [text for _, text, _ in read_file(File("d", tmp_path / "a.json"), LeftOut())] == ["one\ntwo"]
+
+
+def test_a_wrong_domain_field_makes_no_thousand_folders(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.jsonl").write_bytes(b"".join(jsonl([f"{i} text " * 30], i + 1) for i in range(300)))
+    with pytest.raises(ValueError, match="more than 256 domains, the last is .*; is --domain_field right"):
+        prepare(str(tmp_path / "c"), tmp_path / "out", window=16, domain_field="meta.set")
+
+
 def test_a_single_line_is_cut_within(tmp_path):
     (tmp_path / "c" / "d").mkdir(parents=True)
     (tmp_path / "c" / "d" / "a.txt").write_text("wörter " * 3000, encoding="utf-8")
@@ -629,7 +693,7 @@ def test_bad_lines_are_skipped_and_said(tmp_path, monkeypatch, capsys, ending):
 
 def test_bad_domains_are_bad_lines(tmp_path):
     path = tmp_path / "a.jsonl"
-    names = [None, "", " ", 1.5, [], {}, "a\nb", "\x1b[2J", "\ud83d", "x" * 300]
+    names = [None, True, "", " ", 1.5, [], {}, "a\nb", "\x1b[2J", "\ud83d", "x" * 300]
     path.write_bytes(
         b"".join(json.dumps({"text": "a", "of": name}).encode() + b"\n" for name in names) + b'{"text": "b"}'
     )
