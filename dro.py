@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from plumbing.limits import HUGE, check  # which numbers the functions are made for
 from scaling_law import FitError, ScalingLaw, fit_together
 
 if TYPE_CHECKING:
@@ -29,16 +30,6 @@ if TYPE_CHECKING:
 COLLECT_FROM, PREDICT_FROM, RATIO_FROM = 0.02, 0.10, 0.20  # shares of the run at which each addition sets in
 MORE_POINTS_THAN = 10  # points: the scaling law is asked only when there are more (section 3.2)
 RHO_MIN = 1e-20  # a robust set smaller than this is the reference ratio itself
-HUGE = 1e50  # losses beyond it, and shares below 1 / HUGE, are no measurements; the square of HUGE does not overflow
-LIMITS = {  # the smallest and the largest value that an argument, or a number in it, may have
-    **dict.fromkeys(("losses", "reference"), (-HUGE, HUGE)),
-    **dict.fromkeys(("ratio", "initial", "weights"), (1 / HUGE, HUGE)),
-    **dict.fromkeys(("q", "step_size"), (0, HUGE)),
-    **dict.fromkeys(("smoothing", "delta"), (0, 1)),
-    **dict.fromkeys(("rho", "temperature"), (0, np.inf)),
-    "floor": (0, 0.999),
-    "bound": (1, HUGE),
-}
 
 
 def chi2(q, p):
@@ -58,7 +49,7 @@ def dro_weights(losses, reference, ratio, rho: float = 0.1, floor: float = 0.2, 
     rises by at most 1 for every `temperature` nats of its excess. With floor and temperature 0 it is always the paper's
     argmax; else it is where neither of them acts.
 
-    Arrays of one value per domain; the ratio need not add up to 1. ValueError outside of LIMITS.
+    Arrays of one value per domain; the ratio need not add up to 1. ValueError outside of limits.LIMITS.
     """
     losses, reference, p = (np.asarray(x, np.float64) for x in (losses, reference, ratio))
     check(losses=losses, reference=reference, ratio=p, rho=rho, floor=floor, temperature=temperature)
@@ -104,7 +95,7 @@ def sheared_weights(weights, losses, reference, step_size: float = 1.0, smoothin
     """Sheared LLaMA's dynamic batch loading: w_i ∝ w_i · exp(step_size · (l_i - r_i)), mixed with a little uniform.
 
     clip=True: an excess below 0 counts as 0, as Sheared LLaMA's paper says. Its code, and the default here, do not.
-    ValueError outside of LIMITS.
+    ValueError outside of limits.LIMITS.
     """
     weights, losses, reference = (np.asarray(x, np.float64) for x in (weights, losses, reference))
     check(losses=losses, reference=reference, weights=weights, step_size=step_size, smoothing=smoothing)
@@ -121,7 +112,7 @@ def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> n
     Each share is clipped to [1/bound, bound] times its initial value. Then all are made to sum to 1, clipped to the
     initial smallest and largest share, and made to sum to 1 again. Each sum may take a share beyond the clip before it.
     Equal initial shares stay where they are.
-    ValueError outside of LIMITS.
+    ValueError outside of limits.LIMITS.
     """
     ratio, q, initial = (np.asarray(x, np.float64) for x in (ratio, q, initial))
     check(ratio=ratio, q=q, initial=initial, delta=delta, bound=bound)
@@ -129,20 +120,6 @@ def update_ratio(ratio, q, initial, delta: float = 0.1, bound: float = 2.0) -> n
     p = np.clip(p, initial / bound, initial * bound)
     p = np.clip(p / p.sum(), initial.min(), initial.max())
     return p / p.sum()
-
-
-def check(**arguments):
-    """ValueError unless each array has one value per domain, and all values are within their LIMITS."""
-    shapes = {np.shape(x) for x in arguments.values()} - {()}
-    if len(shapes) > 1 or any(len(shape) > 1 for shape in shapes):
-        raise ValueError(f"{', '.join(arguments)} must have one value per domain")
-    for name, x in arguments.items():
-        low, high = LIMITS[name]
-        fits = (low <= x) & (x <= high)
-        if not np.all(fits):
-            i = np.argmin(fits)
-            at = f"[{i}]" if np.ndim(x) else ""
-            raise ValueError(f"{name}{at} = {np.ravel(x)[i]:g} must be between {low:g} and {high:g}")
 
 
 class Point(NamedTuple):
@@ -157,7 +134,7 @@ class Mixture:
     """The domain weights of a run, updated at each evaluation.
 
     s: the settings of the group "domains" in plumbing/settings.py. initial: first weights and reference ratio (n,),
-    which need not sum to 1. reference: given reference losses. ValueError for both outside of LIMITS.
+    which need not sum to 1. reference: given reference losses. ValueError for both outside of limits.LIMITS.
     """
 
     def __init__(self, s: "Settings", domains: list[str], initial, reference: list[float] | None = None):
