@@ -1,4 +1,4 @@
-"""Which numbers dro.py is made for: beyond them nothing is measured, and float64 overflows."""
+"""Which numbers the functions of dro.py take. Losses beyond them are no measurements, and their squares overflow."""
 
 import numpy as np
 
