@@ -266,7 +266,7 @@ def cut(trainer: Trainer, run: Run, log: Log, make: Callable[..., Llama], step: 
         cutting.read_moments(path, small.model, small.optimizer, step)
     small.kept = choices.describe(masks)
     small.meter.sums = trainer.meter.sums  # of the steps since the last log line
-    log.shape = masks.target
+    log.becomes(masks.target, step)
     parallel.barrier()
     if parallel.is_first():
         shutil.rmtree(path)

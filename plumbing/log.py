@@ -83,13 +83,13 @@ class Clock:
         yield
         self.since += time.monotonic() - start
 
-    def lap(self, step: int, steps: int) -> tuple[float, float]:
-        """(steps per second of training since the last lap, seconds that are left of the run)."""
+    def lap(self, step: int, steps: int) -> tuple[int, float, float]:
+        """(steps and seconds of training since the last lap, seconds that are left of the run)."""
         now = time.monotonic()
-        speed = (step - self.last_step) / (now - self.since)
+        done, seconds = step - self.last_step, now - self.since
         left = (steps - step) * (now - self.started) / (step - self.first_step)
         self.since, self.last_step = now, step
-        return speed, left
+        return done, seconds, left
 
 
 class Log:
@@ -106,7 +106,18 @@ class Log:
     def go_on(self, step: int, seconds: float) -> None:
         """Begin at a step that the run reached after so many seconds."""
         self.clock = Clock(step, seconds)
+        self.flops, self.counted = 0.0, step  # of the model, since the last line, up to this step
         self.epochs = np.floor(self.reader.epochs())  # whole epochs of each domain that were told of
+
+    def becomes(self, shape: LlamaConfig, step: int) -> None:
+        """From this step on the model has another shape."""
+        self._count(step)
+        self.shape = shape
+
+    def _count(self, step: int) -> None:
+        tokens = (step - self.counted) * self.tokens_per_step
+        self.flops += tokens * cost.flops_per_token(self.shape, self.s.seq_len)
+        self.counted = step
 
     def settings(self, mixture: Mixture) -> None:
         """Print all settings, and notes on those that may not do what is expected of them."""
@@ -197,9 +208,10 @@ class Log:
     def _timing(self, step: int) -> str:
         """Write a line of timings.jsonl, and return its text. Another run of the same settings has other numbers."""
         device = self.device
-        steps_per_second, left = self.clock.lap(step, self.s.steps)
-        speed = steps_per_second * self.tokens_per_step
-        flops = cost.flops_per_token(self.shape, self.s.seq_len) * speed / parallel.size()
+        steps, seconds, left = self.clock.lap(step, self.s.steps)
+        speed = steps * self.tokens_per_step / seconds
+        self._count(step)
+        flops, self.flops = self.flops / seconds / parallel.size(), 0.0
         peak = cost.peak_flops(device, self.s.dtype)
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_memory()
         self.run.time(

@@ -31,26 +31,35 @@ def test_evaluations_do_not_count_as_training(clock):
     clock.seconds += 4
     with measured.paused():
         clock.seconds += 6
-    assert measured.lap(14, steps=34) == (1.0, 50.0)  # 4 steps in 4 seconds; in all 4 in 10, and 20 are left
+    assert measured.lap(14, steps=34) == (4, 4.0, 50.0)  # in all 4 steps in 10 seconds, and 20 are left
     clock.seconds += 5
-    assert measured.lap(24, steps=34) == (2.0, pytest.approx(10 * 15 / 14))
+    assert measured.lap(24, steps=34) == (10, 5.0, pytest.approx(10 * 15 / 14))
     assert measured.total() == 65
 
 
 def test_speed_and_utilisation(clock, monkeypatch):
-    """MFU: the FLOPs of the tokens of a second, by those of the device. Each process has its part of them."""
-    written, shape = [], SimpleNamespace()
-    monkeypatch.setattr(cost, "flops_per_token", lambda config, length: 6e3 * length if config is shape else 0)
+    """MFU: the FLOPs of the tokens of a second, by those of the device. Each process has its part of them. Where the
+    small model was cut out since the last line, each step has those of its own model."""
+    written, shape, small = [], SimpleNamespace(flops=6e3), SimpleNamespace(flops=1e3)
+    monkeypatch.setattr(cost, "flops_per_token", lambda config, length: config.flops * length)
     monkeypatch.setattr(cost, "peak_flops", lambda device, dtype: 1e8)
     monkeypatch.setattr(log.parallel, "size", lambda: 4)
     mine = object.__new__(log.Log)
     mine.s, mine.shape, mine.device = SimpleNamespace(steps=9, seq_len=100, dtype="float32"), shape, torch.device("cpu")
     mine.run, mine.tokens_per_step = SimpleNamespace(time=lambda **line: written.append(line)), 800
-    mine.clock = log.Clock()
+    mine.reader = SimpleNamespace(epochs=lambda: np.zeros(1))
+    mine.go_on(step=0, seconds=0.0)
     clock.seconds += 4
     text = mine._timing(2)
     assert written[0]["tokens_per_second"] == 400 and written[0]["mfu"] == 6e3 * 100 * 400 / 4 / 1e8
     assert "MFU 60.0%" in text and written[0]["seconds"] == 4
+    mine.becomes(small, 3)
+    clock.seconds += 4
+    mine._timing(6)  # one step of the large model, three of the small one
+    assert written[1]["mfu"] == (6e3 + 3 * 1e3) / 4 * 100 * 800 / 4 / 1e8
+    clock.seconds += 4
+    mine._timing(7)
+    assert written[2]["mfu"] == 1e3 * 100 * 200 / 4 / 1e8
 
 
 def test_the_seconds_of_a_run_go_on(tiny_data, tmp_path, monkeypatch):
