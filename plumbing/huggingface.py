@@ -112,7 +112,7 @@ def read_config(path: Path, kind: Callable[..., Config]) -> Config:
         raise ValueError(f"{file}: architectures = {raw['architectures']} is code of its own, and that is not executed")
     others = {key: value for key, value in raw.items() if key not in KEYS.keys() | NOT_KEPT}
     raw = {**family.defaults, **raw}
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}  # the old key and the new one
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the old key goes first, as in transformers
     check_fixed(file, raw | rope, model_type)
     raw["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta")
     raw["rope_scaling"] = read_rope_scaling(file, rope)

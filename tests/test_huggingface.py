@@ -125,6 +125,33 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(model_type, tmp_
 
 
 LLAMA3 = SHAPES["llama 3's rope scaling"].rope_scaling
+PLAIN = {"rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 5e3, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e3, "rope_parameters": LLAMA3},
+        {"rope_theta": 5e3, "rope_parameters": LLAMA3 | {"rope_theta": 7e3}},
+        {"rope_theta": 5e3, "rope_scaling": LLAMA3, "rope_parameters": PLAIN | {"rope_theta": 7e3}},
+        {"rope_theta": 5e3, "rope_scaling": PLAIN, "rope_parameters": LLAMA3},
+        {"rope_theta": 5e3, "rope_scaling": {}, "rope_parameters": LLAMA3},
+        {"rope_scaling": LLAMA3 | {"factor": 2.0}, "rope_parameters": LLAMA3 | {"rope_theta": 7e3}},
+        {"rope_theta": 5e3, "rope_scaling": None, "rope_parameters": {}},
+    ],
+)
+def test_old_and_new_keys_of_the_rotary_embedding_are_read_as_transformers_reads_them(keys, tmp_path):
+    random_llama(MHA).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    others = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("rope_")}
+    file.write_text(json.dumps(others | keys))
+    theirs, ours = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters, read_config(tmp_path)
+    assert theirs["rope_theta"] == ours.rope_theta
+    assert (theirs["rope_type"] == "llama3") == (ours.rope_scaling is not None)
+    assert all(theirs[key] == value for key, value in (ours.rope_scaling or {}).items())
+
+
 NESTED = "NESTED"  # stands for JSON that Python itself could not write
 MISTAKES = {
     "attention_bias": (lambda c: c | {"attention_bias": True}, "attention_bias"),
