@@ -601,6 +601,26 @@ def test_dry_run_refuses_what_does_not_fit_and_says_what_would(monkeypatch, caps
     assert "it does not fit" in err and "most of it for activations; what fits: --activation_checkpointing=True" in err
 
 
+def test_remedies_come_nearest_first_and_add_up():
+    """More GPUs come last: as many as divide the batch, from where the optimizer's 16 bytes per parameter fit."""
+
+    def tried(*args, **sizes):
+        s = load(train.Settings, [*SHAPE, "--batch_size=64", *args])
+        return [set(cost.changes(s, other).split()) for other in cost.remedies(s, **sizes)]
+
+    args, checkpointing = ["--parallel=fsdp", "--world_size=4", "--micro_batch=8"], "--activation_checkpointing=True"
+    less = [{checkpointing}, {checkpointing, "--micro_batch=1"}]
+    less += [less[1] | {"--shard_gradients=True"}]
+    more = [less[2] | {f"--world_size={n}"} for n in (16, 32, 64)]
+    assert tried(*args, n_params=10**9, space=1.1e9) == less + more
+    # one process holds all of the model, two a half
+    assert tried("--micro_batch=1", checkpointing, n_params=10**9, space=9e9) == [
+        {"--parallel=fsdp", f"--world_size={n}"} for n in (2, 4, 8, 16, 32, 64)
+    ]
+    ddp = tried("--world_size=2", "--micro_batch=1", checkpointing, n_params=10**9, space=9e9)
+    assert ddp[0] == {"--parallel=fsdp"} and len(ddp) == 6
+
+
 def test_the_peak_is_that_of_the_gpu():
     """Dense bfloat16, by NVIDIA's data sheets; an RTX A1000 is no A100."""
     peaks = {

@@ -390,6 +390,22 @@ def test_shared_text_is_measured_and_dropped(tmp_path):
     assert len(dropped.tokens("copied", "test")) > len(as_is.tokens("copied", "test")) / 3
 
 
+def test_the_table_has_what_the_data_set_has(tmp_path):
+    """A token of the byte tokenizer is a byte of text, or the end of a document."""
+    prepare(str(write_near_duplicates(tmp_path / "c")), tmp_path / "d", window=128, held_out=0.11)
+    data = TokenData(tmp_path / "d")
+    titles, *lines = prepare_data.table(data).splitlines()
+    assert titles.split() == ["domain", "documents", *SPLITS, "MB", "bytes/token", "shared"]
+    for domain, line in zip(data.domains, lines, strict=True):
+        sizes = [data.tokens(domain, split).size for split in SPLITS]
+        ends = [int((np.asarray(data.tokens(domain, split)) == data.meta["eot"]).sum()) for split in SPLITS]
+        text = [size - n for size, n in zip(sizes, ends)]
+        assert len(set(sizes)) == len(set(ends)) == 3
+        expected = [domain, f"{sum(ends):,}", *(f"{size:,}" for size in sizes)]
+        share = f"{100 * data.meta['shared'][domain]:.1f}"
+        assert line.split() == [*expected, f"{sum(text) / 1e6:.2f}", f"{text[0] / sizes[0]:.2f}", share, "%"]
+
+
 def test_documents_too_short_to_be_judged_stay_held_out(tmp_path):
     (tmp_path / "c" / "d").mkdir(parents=True)
     rng = random.Random(0)
