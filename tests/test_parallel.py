@@ -239,6 +239,22 @@ def test_processes_with_other_data_do_not_train_together(pruning, tiny_data, tmp
     assert done.returncode == 0, done.stderr
 
 
+def on_its_own_disk(mine, theirs, *args):
+    script("train.py", *args, f"--out={theirs if os.environ['RANK'] == '1' else mine}")
+
+
+def test_processes_with_other_checkpoints_do_not_train_together(tiny_data, tmp_path, monkeypatch):
+    args = [f"--data={tiny_data}", "--steps=6", "--save_interval=2"]
+    assert run(monkeypatch, *args, f"--out={tmp_path / 'x'}", "--stop_at=4") == 0
+    shutil.copytree(tmp_path / "x", tmp_path / "y")
+    shutil.rmtree(tmp_path / "y" / "checkpoints" / "step_000004")
+    before = metrics(tmp_path / "x"), metrics(tmp_path / "y")
+    done = fresh(on_its_own_disk, tmp_path / "x", tmp_path / "y", *SHAPE, *args, n=2)
+    words = "process 1: the step of its newest checkpoint is 2, and 4 in process 0"
+    assert done.returncode == 2 and done.stderr == f"train.py: {words}\n"
+    assert (metrics(tmp_path / "x"), metrics(tmp_path / "y")) == before
+
+
 def test_too_few_gpus_are_known_to_all_processes(monkeypatch):
     """The one that says so has a GPU itself."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

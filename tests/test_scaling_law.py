@@ -123,6 +123,20 @@ def test_impossible_fits_say_why(name):
         fit(tokens, losses)
 
 
+@pytest.mark.parametrize("fall, is_law", [(0.003, False), (0.05, True)])
+def test_a_fall_that_is_lost_in_the_noise_is_no_law(fall, is_law):
+    """Noise .01. The falling part varies by .05 and by .75 of it (standard deviations over the points)."""
+    tokens = np.linspace(1, 10, 24)
+    found = []
+    for seed in range(8):
+        losses = 2 + fall * tokens**-0.5 + 0.01 * np.random.default_rng(seed).standard_normal(24)
+        try:
+            found.append(fit(tokens, losses))
+        except FitError as error:
+            assert "do not fall" in str(error)
+    assert len(found) == (8 if is_law else 0)
+
+
 # -- with the learning rate -----------------------------------------------------------------------------------------
 
 
