@@ -113,6 +113,8 @@ def read_config(path: Path, kind: Callable[..., Config]) -> Config:
     others = {key: value for key, value in raw.items() if key not in KEYS.keys() | NOT_KEPT}
     raw = {**family.defaults, **raw}
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the old key goes first, as in transformers
+    if original := raw.get("original_max_position_embeddings"):  # some write it beside rope_scaling
+        rope = rope | {"original_max_position_embeddings": original}
     check_fixed(file, raw | rope, model_type)
     raw["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta")
     raw["rope_scaling"] = read_rope_scaling(file, rope)

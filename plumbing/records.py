@@ -150,6 +150,7 @@ class ModelConfig(TypedDict):
     head_dim: NotRequired[Annotated[int, msgspec.Meta(ge=1, le=MAX_HEAD_DIM)] | None]
     intermediate_size: Size
     max_position_embeddings: NotRequired[Positive]
+    original_max_position_embeddings: NotRequired[Positive | None]
     sliding_window: NotRequired[Natural | None]
     layer_types: NotRequired[list[str] | None]
     rms_norm_eps: NotRequired[Above0 | None]

@@ -139,6 +139,8 @@ PLAIN = {"rope_type": "default"}
         {"rope_theta": 5e3, "rope_scaling": {}, "rope_parameters": LLAMA3},
         {"rope_scaling": LLAMA3 | {"factor": 2.0}, "rope_parameters": LLAMA3 | {"rope_theta": 7e3}},
         {"rope_theta": 5e3, "rope_scaling": None, "rope_parameters": {}},
+        {"rope_theta": 5e3, "rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
+        {"rope_theta": 5e3, "original_max_position_embeddings": 16},
     ],
 )
 def test_old_and_new_keys_of_the_rotary_embedding_are_read_as_transformers_reads_them(keys, tmp_path):
