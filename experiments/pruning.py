@@ -173,8 +173,8 @@ def compare(args: argparse.Namespace) -> None:
     DOCS.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
     drawn = {row: [out for seed in range(100) if ((out := place(args.scale, row, seed)) / "model").exists()]
-             for row in DRAWN}  # fmt: skip
-    if all(drawn.values()):
+             for row in DRAWN if row in result["losses"]}  # fmt: skip
+    if drawn and all(drawn.values()):
         figure(drawn).savefig(DOCS / f"{args.scale}.png")
 
 
@@ -193,7 +193,7 @@ def figure(runs: dict[str, list[Path]]):
     with matplotlib.rc_context(STYLE):
         fig, [[left, right]] = new_figure(1, 2, height=5, width_ratios=[3, 2])
         drawn = list(runs)
-        for color, row in zip(COLORS, drawn):
+        for row in drawn:
             curves = []
             for out in runs[row]:
                 stages = [read_metrics(path) for path in (out.with_name(out.name + "_gated"), out) if path.exists()]
@@ -202,10 +202,11 @@ def figure(runs: dict[str, list[Path]]):
                           for e in stage.evals]  # fmt: skip
                 curves.append(points)
             tokens, loss = np.mean(curves, axis=0).T
-            left.plot(tokens / 1e6, loss, color=color, label=row)
+            left.plot(tokens / 1e6, loss, color=COLORS[DRAWN.index(row)], label=row)
         source = np.mean(list(read_metrics(runs[drawn[0]][0]).evals[0]["reference"].values()))  # it was measured on it
         left.axhline(source, color="black", linestyle=":", label="the source")
-        left.set_ylim(source - 0.1, source + 0.5)
+        worst = max(line.get_ydata()[-1] for line in left.lines)
+        left.set_ylim(source - 0.1, max(source + 0.5, worst + 0.1))
         left.set_xlabel("tokens (millions)")
         left.set_ylabel("validation loss (nats per token)")
         left.legend(fontsize=11)
