@@ -18,11 +18,12 @@ import difflib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -89,14 +90,8 @@ class HuggingFaceTokenizer:
             bare, whole = (self.tokenizer.encode(PROBE, add_special_tokens=special).ids for special in (False, True))
         self.bos = self._find_bos(bare, whole)
         self._keep_as_text(self.eot, self.bos)
-        # Unigram and WordLevel make these tokens of their own letters all the same: so a text is cut within them
-        known = [token for token, i in vocabulary.items() if i in (self.eot, self.bos) and i in self._encode(token).ids]
-        if letter := next((token for token in known if len(token) == 1), None):
-            raise ValueError(f"{file}: {letter!r} starts or ends each document, but a text may hold this letter, too")
-        self._cuts = "|".join(f"(?<={re.escape(token[:1])})(?={re.escape(token[1:])})" for token in known)
-
-    def _parts(self, text: str) -> list[str]:
-        return re.split(self._cuts, text) if self._cuts else [text]
+        for text in [PROBE, *(token for token, i in vocabulary.items() if i in (self.eot, self.bos))]:
+            self._encode(text)  # a tokenizer that is refused is refused here, if it can be
 
     def _load(self, text: str) -> None:
         import tokenizers
@@ -144,29 +139,44 @@ class HuggingFaceTokenizer:
             raise ValueError(f"{self.file}: it puts {before} tokens before a text; one or none is supported")
         return whole[0] if before else None
 
-    def _encode(self, text: str):
+    def _encode(self, text: str) -> list[tuple[str, list[int], Any]]:
+        """(text, ids, the library's encoding) of a text. Some models make eot or bos of its letters all the same, as
+        Unigram does, or BPE that has learned to. There the text is cut within these letters: then it has several parts.
+        ValueError where a single letter gives such a token."""
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # see `library_errors`
             raise ValueError(f"{self.file}: this tokenizer fails on {text[:40]!r}: {error}") from None
+        ids, special = encoding.ids, (self.eot, self.bos)
+        if not any(i in ids for i in special):
+            return [(text, ids, encoding)]
+        spans = [span for i, span in zip(ids, encoding.offsets) if i in special]
+        for start, end in spans:
+            if end - start < 2:
+                letter = text[start:end]
+                raise ValueError(
+                    f"{self.file}: {letter!r} starts or ends each document, but a text may hold this letter, too"
+                )
+        cuts = [0, *(start + 1 for start, _ in spans), len(text)]
+        return [part for start, end in pairwise(cuts) for part in self._encode(text[start:end])]
 
     def encode(self, text: str) -> np.ndarray:
         """Ids, uint32 (n,)."""
-        return np.concatenate([np.array(self._encode(part).ids, np.uint32) for part in self._parts(text)])
+        return np.concatenate([np.array(ids, np.uint32) for _, ids, _ in self._encode(text)])
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """A token's bytes reach from the furthest end of the tokens before it to its own, by the library's offsets."""
-        parts = self._parts(text)
-        if len(parts) > 1:
-            return tuple(map(np.concatenate, zip(*map(self.encode_with_bytes, parts))))
-        encoding = self._encode(text)
-        point = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        position = np.concatenate([[0], np.cumsum(1 + (point > 0x7F) + (point > 0x7FF) + (point > 0xFFFF))])
-        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], np.int64))
-        ends[-1:] = len(text)  # what a normalizer dropped at the end of the text counts too
-        return np.array(encoding.ids, np.uint32), np.diff(position[ends], prepend=0).astype(np.uint32)
+        all_ids, all_sizes = [], []
+        for part, ids, encoding in self._encode(text):
+            point = np.frombuffer(part.encode("utf-32-le"), np.uint32)
+            position = np.concatenate([[0], np.cumsum(1 + (point > 0x7F) + (point > 0x7FF) + (point > 0xFFFF))])
+            ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], np.int64))
+            ends[-1:] = len(part)  # what a normalizer dropped at the end of the text counts too
+            all_ids.append(np.array(ids, np.uint32))
+            all_sizes.append(np.diff(position[ends], prepend=0).astype(np.uint32))
+        return np.concatenate(all_ids), np.concatenate(all_sizes)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids."""

@@ -1004,6 +1004,33 @@ def test_the_end_token_of_a_unigram_model_stays_text(tmp_path):
     assert unigram.encode(text).tolist() == ids.tolist()
     assert unigram.encode("abc").tolist() == model.encode("abc").ids
 
+    for normalizer, text in (("NFKC", "a\uff1c/s\uff1eb"), ("Lowercase", "<S>a</S> b</s>c")):  # full-width < and >
+        model.normalizer = getattr(tokenizers.normalizers, normalizer)()
+        model.save(str(tmp_path / "tokenizer.json"))
+        assert 2 in model.encode(text).ids
+        ids, sizes = load_tokenizer(str(tmp_path / "tokenizer.json")).encode_with_bytes(text)
+        assert 2 not in ids and sizes.sum() == len(text.encode())
+
+
+def test_the_end_token_stays_text_where_bpe_has_learned_its_letters(tmp_path):
+    """From HTML, say: alone it is ▁< / s >, and within a text </s>."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = ["<unk>", "<s>", "</s>", *"▁abcdefghijklmnopqrstuvwxyz<>/.", "▁<", "</", "</s"]
+    merges = [("▁", "<"), ("<", "/"), ("</", "s"), ("</s", ">")]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    model.save(str(tmp_path / "tokenizer.json"))
+    assert 2 not in model.encode("</s>").ids and 2 in model.encode("it was</s>.").ids
+    (tmp_path / "c" / "web").mkdir(parents=True)
+    texts = [f"{'so ' * (10 + i)}it was</s>. and </s>so on</s>" for i in range(200)]
+    (tmp_path / "c" / "web" / "a.jsonl").write_bytes(jsonl(texts))
+    prepare(str(tmp_path / "c"), tmp_path / "out", str(tmp_path), window=64, held_out=0.3)
+    train = np.asarray(TokenData(tmp_path / "out").tokens("web", "train"))
+    documents = np.split(train[train != 2], np.flatnonzero(train == 2) - np.arange((train == 2).sum()))[:-1]
+    bare = ["".join(vocabulary[i] for i in document).replace("▁", "") for document in documents]
+    assert len(bare) > 100 and set(bare) <= {text.replace(" ", "") for text in texts}
+
 
 def test_an_end_token_that_is_a_letter_is_refused(tmp_path):
     """Where such a tokenizer makes it of a text's letter, the text cannot be cut within it."""
@@ -1015,6 +1042,15 @@ def test_an_end_token_that_is_a_letter_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "$"}')
     assert model.encode("a$b").ids[1] == letters["$"]
     with pytest.raises(ValueError, match="'\\$' starts or ends each document"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+    pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = {letter: i for i, letter in enumerate(pre_tokenizer.alphabet())}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
+    model.pre_tokenizer = pre_tokenizer
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\u010a"}')  # how ByteLevel writes a newline
+    with pytest.raises(ValueError, match=r"'\\n' starts or ends each document"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
