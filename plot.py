@@ -225,7 +225,7 @@ def weights_figure(run: Metrics) -> Figure:
     entries = [entry("data weight q", **RAW), entry("running mean"), entry("reference ratio p", ls=":", lw=1.5)]
     legend(fig, [*entries, *draw_timeline(ax, run)])
 
-    drawn = np.diff(steps) if len(steps) > 1 else [1]  # steps in which each was in force
+    drawn = np.diff(steps) if steps[-1] > steps[0] else [1]  # steps in which each was in force
     share = {d: np.average(q[d][: len(drawn)], weights=drawn) for d in q}
     growth = {d: share[d] / p[d][0] for d in run.domains if p[d][0] > 0}
     most = max(growth, key=growth.get, default=None)
@@ -314,7 +314,9 @@ def loss_figure(run: Metrics) -> Figure:
 @matplotlib.rc_context(STYLE)
 def sparsity_figure(run: Metrics) -> Figure | None:
     """Per granularity: expected sparsity s and its target t, undecided gates, and the multipliers."""
-    pruned = [g for g in NAMES if np.isfinite(series(run.train, "sparsity", g)).any()]
+    gaps = {g: abs(series(run.train, "sparsity", g) - series(run.train, "target_sparsity", g)) for g in NAMES}
+    gaps = {g: gap[np.isfinite(gap)] for g, gap in gaps.items()}
+    pruned = [g for g in NAMES if gaps[g].size]
     if not pruned:
         return None
     panels = {
@@ -339,9 +341,8 @@ def sparsity_figure(run: Metrics) -> Figure | None:
             ax.set_ylim(0)
     for ax in grid[0]:
         ax.set_xlabel("")
-    gaps = [abs(series(run.train, "sparsity", g) - series(run.train, "target_sparsity", g)) for g in pruned]
-    gaps = [gap[np.isfinite(gap)][-1] for gap in gaps]  # the last one that was logged: gates may settle before the end
-    text = f"in the end expected sparsity is at most {100 * max(gaps):.2g} percentage points off its target"
+    worst = max(gaps[g][-1] for g in pruned)  # of the last that was logged: gates may settle before the end
+    text = f"in the end expected sparsity is at most {100 * worst:.2g} percentage points off its target"
     heading(fig, run, text)
     entries = [entry(NAMES[g], color=look[g]["color"]) for g in pruned]
     legend(fig, [*entries, entry("target t", ls="--", lw=1.4)])

@@ -127,8 +127,8 @@ def select(files: list[File], read: Callable, options: dict, left_out: LeftOut, 
             end = round(len(valid) * (1 - options["held_out"]))
             earliest = max(0, end - (len(valid) - end))  # so that a long line does not go there as a whole
             end = valid.rfind("\n", earliest, end) + 1 or end
-            yield Document(domain, False, valid[:end])
-            yield Document(domain, True, valid[end:])
+            halves = Document(domain, False, valid[:end]), Document(domain, True, valid[end:])
+            yield from (half for half in halves if half.text.strip())
         else:  # the number is uniform in 1 to 2^64 - 1
             yield Document(domain, number < options["held_out"] * 2**64, valid)
     if spoilt:

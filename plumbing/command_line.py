@@ -85,6 +85,8 @@ def tell_torchrun(line: str) -> None:
 def command(main: Callable[[], None]) -> None:
     """Run a command. It ends in silence where nobody reads its output any more, as in `train.py --help | head`, and in
     one line after Ctrl-C and what `known_failure` knows."""
+    if sys.stderr is None:  # it was closed: else the next file that is opened would take its place
+        sys.stderr = os.fdopen(os.dup2(os.open(os.devnull, os.O_WRONLY), 2), "w")
     allow_open_files()
     try:
         try:

@@ -121,6 +121,8 @@ def read_config(path: Path, kind: Callable[..., Config]) -> Config:
 
     values = {field: raw[key] for key, field in KEYS.items() if raw.get(key) is not None}
     values.setdefault("norm_eps", 1e-6)  # transformers' default
+    for name in values.keys() & {"norm_eps", "rope_theta"}:
+        values[name] = float(values[name])  # JSON may have a whole number, and one that torch cannot take
     values.setdefault("n_kv_head", values["n_head"])
     values.setdefault("head_dim", values["d_model"] // values["n_head"])
     for name in ("bos_token_id", "eos_token_id"):
@@ -171,7 +173,8 @@ def read_rope_scaling(file: Path, rope: dict) -> dict | None:
             f"{file}: low_freq_factor = {rope['low_freq_factor']} must be below "
             f"high_freq_factor = {rope['high_freq_factor']}"
         )
-    return {"rope_type": kind, **{key: rope[key] for key in LLAMA3_ROPE}}
+    *numbers, length = LLAMA3_ROPE
+    return {"rope_type": kind, **{key: float(rope[key]) for key in numbers}, length: rope[length]}
 
 
 class Place(NamedTuple):

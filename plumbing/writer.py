@@ -6,7 +6,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,19 +23,25 @@ MAX_DOMAINS = 256
 def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, to write in. At the end it becomes `out`; after an error, Ctrl-C or SIGTERM it is
     removed. What a process that was killed has left is removed by the next. ValueError while another is at work."""
+    new = [parent for parent in out.absolute().parents if not parent.exists()]  # the innermost first
     out.parent.mkdir(parents=True, exist_ok=True)
     folder, lock = (out.parent / f".{out.name}.{ending}" for ending in ("partial", "lock"))
-    with locked(lock, f"{out}: another process is making it"):
-        if os.path.lexists(out):
-            raise ValueError(f"{out}: another process has just made it")
-        try:
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir()
-            yield folder
-            folder.rename(out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with locked(lock, f"{out}: another process is making it"):
+            if os.path.lexists(out):
+                raise ValueError(f"{out}: another process has just made it")
+            try:
+                if folder.exists():
+                    shutil.rmtree(folder)
+                folder.mkdir()
+                yield folder
+                folder.rename(out)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # not empty: all went well
+            for parent in new:
+                parent.rmdir()
 
 
 @contextmanager

@@ -9,9 +9,11 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import urllib.request
 from dataclasses import asdict
@@ -20,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
-from conftest import GATES, SHAPE, TARGET, write_corpus
+from conftest import GATES, ROOT, SHAPE, TARGET, write_corpus
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import eval
@@ -542,6 +544,14 @@ def test_no_room_for_the_output(monkeypatch, capfd):
     assert end.value.code == 1 and "could not print: No space left" in error and error.count("\n") == 1
     monkeypatch.setattr(sys, "stdout", None)
     command_line.command(lambda: print("a result"))
+
+
+def test_a_closed_stderr(bpe_file, tiny_corpus, tmp_path):
+    """As after 2>&-: neither a bar nor the tokenizers library may miss it."""
+    args = [tiny_corpus, "--out", tmp_path / "out", "--tokenizer", bpe_file, "--window=64", "--held_out=.1"]
+    command = shlex.join(map(str, [sys.executable, ROOT / "prepare_data.py", *args, "--workers=1"]))
+    done = subprocess.run(["sh", "-c", f"{command} 2>&-"], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "documents" in done.stdout and (tmp_path / "out" / "meta.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,15 @@ def test_a_model_written_over_another_is_what_is_read(before, after, tmp_path):
         assert relative(ours(tokens), theirs(tokens).logits) < 1e-5
 
 
+def test_whole_numbers_beyond_what_torch_takes(tmp_path):
+    random_llama(MHA).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    scaling = LLAMA3 | {"factor": 2**70, "high_freq_factor": 2**71, "original_max_position_embeddings": 2**40}
+    large = {"rope_theta": 2**70, "rms_norm_eps": 2**70, "rope_scaling": scaling}
+    file.write_text(json.dumps(json.loads(file.read_text()) | large))
+    assert Llama.from_pretrained(tmp_path)(torch.tensor([[1, 2, 3]])).isfinite().all()
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_what_config_json_leaves_out_is_what_transformers_takes(model_type, tmp_path):
     random_llama(MHA).save_pretrained(tmp_path)

@@ -488,6 +488,18 @@ def test_a_figure_of_odd_lines(tmp_path):
         figure(run).draw_without_rendering()
 
 
+def test_one_evaluation_and_sparsity_without_a_target(tmp_path):
+    first, *lines = [line for line in records("prune") if line["type"] in ("run", "train", "eval")]
+    train, evaluation = (next(line for line in lines if line["type"] == kind) for kind in ("train", "eval"))
+    del train["target_sparsity"]
+    run = plot.read_metrics(write(tmp_path, [first, train, evaluation, evaluation]))
+    assert run.left_out == [] and len(run.evals) == 2
+    figures = [figure(run) for figure in plot.FIGURES.values()]
+    assert plot.sparsity_figure(run) is None and sum(figure is not None for figure in figures) > 1
+    for figure in filter(None, figures):
+        figure.draw_without_rendering()
+
+
 # --- the command
 
 

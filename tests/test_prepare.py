@@ -340,7 +340,19 @@ def test_nothing_half_written(tiny_corpus, tmp_path, monkeypatch):
         monkeypatch.setattr(prepare_data.DataWriter, "add", fail)
         with pytest.raises(type(error)):
             prepare(str(tiny_corpus), tmp_path / "deep" / "out", window=128)
-        assert list((tmp_path / "deep").iterdir()) == []
+        assert list(tmp_path.iterdir()) == []  # nor the folders around it
+
+
+def test_half_of_a_cut_document_is_no_empty_document(tmp_path):
+    """Of a few letters all may go to one side."""
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    for i in range(10):
+        (tmp_path / "c" / "d" / f"{i}.txt").write_text(f"Hi {i}\n")
+    (tmp_path / "c" / "d" / "large.txt").write_text("".join(f"{i} a line of text\n" for i in range(20_000)))
+    prepare(str(tmp_path / "c"), tmp_path / "out", window=32, held_out=0.05)
+    data = TokenData(tmp_path / "out")
+    found = [text for split in SPLITS for text in documents_of(data, "d", split)]
+    assert all(text.strip() for text in found) and sum(text.startswith(b"Hi") for text in found) == 10
 
 
 def exact_shares(data: TokenData) -> dict[str, float]:
