@@ -327,7 +327,7 @@ def check_arguments(
         ("held_out", held_out, 0 < held_out < 1, "between 0 and 1"),
         ("window", window, 2 <= window <= records.MAX_WINDOW, f"2 to {records.MAX_WINDOW:,}"),
         ("workers", workers, 1 <= workers <= 1024, "1 to 1024"),
-        ("seed", seed, 0 <= seed <= records.MAX_INT, "0 or more"),
+        ("seed", seed, 0 <= seed <= records.MAX_INT, f"0 to {records.MAX_INT:,}"),
         ("max_mb", max_mb, 0 <= max_mb < math.inf, "0 (no limit) or more"),
         ("domain_field", domain_field, not (installed and domain_field), "for a folder of jsonl files, not installed"),
     ):
