@@ -91,7 +91,7 @@ class HuggingFaceTokenizer:
         self.bos = self._find_bos(bare, whole)
         self._keep_as_text(self.eot, self.bos)
         for text in [PROBE, *(token for token, i in vocabulary.items() if i in (self.eot, self.bos))]:
-            self._encode(text)  # a tokenizer that is refused is refused here, if it can be
+            self._encode(text)  # a letter that gives such a token is refused here, before the work, if PROBE has it
 
     def _load(self, text: str) -> None:
         import tokenizers

@@ -22,7 +22,8 @@ MAX_DOMAINS = 256
 @contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, to write in. At the end it becomes `out`; after an error, Ctrl-C or SIGTERM it is
-    removed. What a process that was killed has left is removed by the next. ValueError while another is at work."""
+    removed, with the folders around it that were made for it. What a process that was killed has left is removed by the
+    next. ValueError while another is at work."""
     new = [parent for parent in out.absolute().parents if not parent.exists()]  # the innermost first
     out.parent.mkdir(parents=True, exist_ok=True)
     folder, lock = (out.parent / f".{out.name}.{ending}" for ending in ("partial", "lock"))
