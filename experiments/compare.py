@@ -52,6 +52,7 @@ SCHEDULES = {  # what differs from PAPER
 LENGTHS = {"a third as long": 1 / 3, "three times as long": 3}  # of the runs from the pruned model
 WAYS = ["", *(f", {way}" for way in [*LENGTHS, "pruning too"])]  # a table each
 MIXTURES = [mixture + way for way in WAYS for mixture in ("skewed", "own")]
+ANSWERS = {"right answers": "accuracy", "their error": "standard_error"}
 ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions, at the two plain mixtures
 SHARES = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
 PRETRAIN = {"steps": 1200, "warmup": 120}  # longer than the demo's
@@ -170,44 +171,42 @@ def run_all(case: Case, seeds: range, mixtures: list[str], schedules: list[str],
 # -- what came of it ------------------------------------------------------------------------------------------------
 
 
-def measures(case: Case, seed: int, mixture: str, schedule: str) -> dict[str, float]:
+def measures(case: Case, seed: int, mixture: str, schedule: str) -> dict:
     """Everything that a run is judged by: degradation in nats per token, shares of the tokens, right answers."""
-    source, loss = case.losses(seed), case.losses(seed, mixture, schedule)
-    run = read_metrics(case.at(seed, mixture, schedule))
+    source, loss, out = case.losses(seed), case.losses(seed, mixture, schedule), case.at(seed, mixture, schedule)
+    run = read_metrics(out)
     drawn, reference = run.evals[-1]["domain_tokens"], run.evals[0]["reference"]
-    on_validation = np.array([run.end["loss"][d] - reference[d] for d in source])
-    worse = np.array([loss[d] - source[d] for d in source])
+    on_validation = [run.end["loss"][d] - reference[d] for d in source]
+    worse = {d: loss[d] - source[d] for d in source}
     found = {
-        "average": worse.mean(),
-        "worst": worse.max(),
-        "average, validation": on_validation.mean(),
-        "worst, validation": on_validation.max(),
-        **{f"degradation, {d}": x for d, x in zip(source, worse)},
-        **{f"share of the tokens, {d}": n / sum(drawn.values()) for d, n in drawn.items()},
+        "average": np.mean([*worse.values()]),
+        "worst": max(worse.values()),
+        "average, validation": np.mean(on_validation),
+        "worst, validation": max(on_validation),
+        "degradation": worse,
+        "share of the tokens": {d: n / sum(drawn.values()) for d, n in drawn.items()},
     }
-    if (case.at(seed, mixture, schedule) / "answers.json").exists():
+    if (out / "answers.json").exists():
         answers = case.answers(seed, mixture, schedule)
-        for d, row in (answers["domains"] | {"average": answers["average"]}).items():
-            found |= {f"right answers, {d}": row["accuracy"], f"their error, {d}": row["standard_error"]}
-    return {key: round(float(value), 5) for key, value in found.items()}
+        rows = answers["domains"] | {"average": answers["average"]}
+        for what, key in ANSWERS.items():
+            found[what] = {d: row[key] for d, row in rows.items()}
+    return json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 5))
 
 
 def collect(case: Case, schedules: list[str]) -> dict:
-    """Of all that is done in a case: mixture -> schedule -> {seeds, and each measure: one value per seed}."""
+    """Of all that is done in a case: mixture -> schedule -> seed -> measure -> value."""
     results, ready = {}, [seed for seed in range(100) if (case.at(seed) / "source.json").exists()]
-    for mixture, schedule in itertools.product(MIXTURES, schedules):
-        done = [seed for seed in ready if (case.at(seed, mixture, schedule) / "eval.json").exists()]
-        if done:
-            rows = [measures(case, seed, mixture, schedule) for seed in done]
-            row = {"seeds": done} | {key: [r[key] for r in rows] for key in rows[0] if all(key in r for r in rows)}
-            results.setdefault(mixture, {})[schedule] = row
+    for mixture, schedule, seed in itertools.product(MIXTURES, schedules, ready):
+        if (case.at(seed, mixture, schedule) / "eval.json").exists():
+            runs = results.setdefault(mixture, {}).setdefault(schedule, {})
+            runs[str(seed)] = measures(case, seed, mixture, schedule)
     return results
 
 
-def paired(row: dict, other: dict | None, key: str) -> np.ndarray:
+def paired(runs: dict, others: dict, key: str) -> np.ndarray:
     """A measure minus that of another schedule, for each seed that both have."""
-    theirs = dict(zip(other["seeds"], other[key])) if other else {}
-    return np.array([x - theirs[seed] for seed, x in zip(row["seeds"], row[key]) if seed in theirs])
+    return np.array([run[key] - others[seed][key] for seed, run in runs.items() if seed in others])
 
 
 def three(x: float) -> str:
@@ -224,14 +223,15 @@ def table(results: dict) -> str:
     for schedule in dict.fromkeys(s for rows in results.values() for s in rows):
         cells, seeds = [], []
         for rows in results.values():
-            if (row := rows.get(schedule)) is None:
+            if (runs := rows.get(schedule)) is None:
                 cells += [""] * 3
                 continue
-            seeds.append(len(row["seeds"]))
+            seeds.append(len(runs))
             differences = []
             for key in ("average", "worst"):
-                text = three(np.mean(row[key])) + (f" ± {three(np.std(row[key], ddof=1))}" if seeds[-1] > 1 else "")
-                both = paired(row, rows.get("sheared"), key) if schedule != "sheared" else []
+                values = [run[key] for run in runs.values()]
+                text = three(np.mean(values)) + (f" ± {three(np.std(values, ddof=1))}" if len(runs) > 1 else "")
+                both = paired(runs, rows.get("sheared", {}), key) if schedule != "sheared" else []
                 cells.append(f"**{text}**" if len(both) and max(both) < 0 else text)
                 if len(both):
                     p = f" (p {stats.ttest_1samp(both, 0).pvalue:.1g})" if len(both) > 1 else ""
@@ -249,14 +249,15 @@ def tables(results: dict) -> list[str]:
 
 def answers_table(rows: dict) -> str:
     """Markdown: right answers to two-choice questions in %, mean over seeds ± the standard error of one model."""
-    asked = {schedule: row for schedule, row in rows.items() if "right answers, average" in row}
-    found = dict.fromkeys(key for row in asked.values() for key in row if key.startswith("right answers, "))
-    keys = [key.removeprefix("right answers, ") for key in found]
-    lines = [f"| | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
-    for schedule, row in asked.items():
-        means = [[100 * np.mean(row[f"{what}, {key}"]) for what in ("right answers", "their error")] for key in keys]
-        lines.append(f"| {schedule} | {' | '.join(f'{right:.1f} ± {error:.1f}' for right, error in means)} |")
-    return "\n".join(lines) if asked else ""
+    lines = []
+    for schedule, runs in rows.items():
+        if asked := [run for run in runs.values() if "right answers" in run]:
+            keys = asked[0]["right answers"]
+            means = [[100 * np.mean([run[what][key] for run in asked]) for what in ANSWERS] for key in keys]
+            cells = [f"{right:.1f} ± {error:.1f}" for right, error in means]
+            lines = lines or [f"| | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+            lines.append(f"| {schedule} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 @matplotlib.rc_context(STYLE)
@@ -282,13 +283,15 @@ def figure(panels: dict):
 
 
 def merge(before: dict, found: dict) -> dict:
-    """The results of two places. Each mixture of a case has those of the place with more runs of it, or the later one:
-    only runs of one place are pairs."""
-    runs = lambda case, mixture: sum(len(row["seeds"]) for row in case.get(mixture, {}).values())  # noqa: E731
+    """The results of two places. At a mixture, a seed has the runs of the place where more schedules of it are done, or
+    the later ones: only runs of one place are pairs."""
     merged = {}
-    for name in [name for name in CASES if name in before or name in found]:
-        old, new = before.get(name, {}), found.get(name, {})
-        merged[name] = {m: new[m] if m in new and runs(new, m) >= runs(old, m) else old[m] for m in old | new}
+    for case, mixture in itertools.product(CASES, MIXTURES):
+        places = [place.get(case, {}).get(mixture, {}) for place in (before, found)]
+        for seed in sorted({seed for rows in places for runs in rows.values() for seed in runs}, key=int):
+            old, new = ({schedule: runs[seed] for schedule, runs in rows.items() if seed in runs} for rows in places)
+            for schedule, run in (new if len(new) >= len(old) else old).items():
+                merged.setdefault(case, {}).setdefault(mixture, {}).setdefault(schedule, {})[seed] = run
     return merged
 
 
@@ -303,7 +306,7 @@ def report(schedules: list[str]) -> None:
     file, command = DOCS / "results.json", {"command": "python experiments/compare.py --report"}
     results = merge(json.loads(file.read_text()) if file.exists() else {}, found)
     DOCS.mkdir(parents=True, exist_ok=True)
-    text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per measure
+    text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per run
     file.write_text(text + "\n")
     shown = itertools.product(results, ("skewed", "own"))
     if panels := {(c, m): results[c][m] for c, m in shown if "constant" in results[c].get(m, {})}:

@@ -376,7 +376,7 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
         ("smollm2", "SmolLM2-135M, skewed: worst domain", "worst"),
     ):
         part = results[scale]["skewed"]
-        rows = {name: part[key][measure] for key, (name, _) in names.items() if key in part}
+        rows = {n: [run[measure] for run in part[key].values()] for key, (n, _) in names.items() if key in part}
         panels[title] = rows, [color for key, (_, color) in names.items() if key in part]
     for scale, title, color in (
         ("toy", "toy", BLUE),
@@ -396,7 +396,8 @@ def gained(docs: Path = ROOT / "docs") -> Figure:
         ax.axvline(0, color=BLACK, lw=1)  # the source
         ax.grid(axis="x", color="#e4e4e4")
     grid[-1, 0].set_xlabel("test loss minus the source's (nats/token); dots: seeds, bars: means")
-    won = [np.mean(results["toy"]["skewed"][key]["worst"]) for key in ("constant", "even")]
+    toy = results["toy"]["skewed"]
+    won = [np.mean([run["worst"] for run in toy[key].values()]) for key in ("constant", "even")]
     text = f"Skewed toy, worst domain: {won[0]:+.2f} when constant, {won[1]:+.2f} when steered"
     fig.suptitle(text.replace("-", "−"), x=0.01, ha="left")
     return fig

@@ -145,17 +145,14 @@ def test_what_a_run_is_judged_by(monkeypatch, tmp_path):
     (out / "answers.json").write_text(json.dumps({"models": {"run": answers}}))
     found, worse = compare.measures(toy, 0, "skewed", "even"), loss - source
     assert found["average"] == pytest.approx(worse.mean(), abs=1e-5)
-    expected = {
-        "worst": worse.max(),
-        "degradation, b": worse[1],
-        "worst, validation": (val - reference).max(),  # the references of the start
-        "share of the tokens, c": 0.5,
-        "right answers, b": 0.55,
-    }
-    assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
-    row = {"seeds": [0]} | {key: [x] for key, x in found.items()}
-    assert compare.collect(toy, ["constant", "even"]) == {"skewed": {"even": row}}
-    table = compare.answers_table({"even": row}).splitlines()
+    assert found["worst"] == pytest.approx(worse.max(), abs=1e-5)
+    assert found["degradation"] == pytest.approx(by_domain(worse), abs=1e-5)
+    assert found["worst, validation"] == pytest.approx((val - reference).max(), abs=1e-5)  # references of the start
+    assert found["share of the tokens"]["c"] == 0.5 and found["right answers"]["b"] == 0.55
+    assert compare.collect(toy, ["constant", "even"]) == {"skewed": {"even": {"0": found}}}
+    not_asked = {key: value for key, value in found.items() if key not in compare.ANSWERS}
+    table = compare.answers_table({"constant": {"0": not_asked}, "even": {"0": found, "1": not_asked}}).splitlines()
+    assert len(table) == 3
     assert table[0] == "| | a | b | c | average |"
     assert table[2] == "| even | 50.0 ± 3.0 | 55.0 ± 3.0 | 60.0 ± 3.0 | 60.0 ± 1.0 |"
 
@@ -170,12 +167,9 @@ def test_differences_are_paired_by_seed():
     rng = np.random.default_rng(0)
     sheared, even = rng.normal(1.2, 0.1, (2, 5)), rng.normal(1, 0.1, (2, 4))
     even[1] = sheared[1, :4] - [0.1, 0.2, -0.01, 0.1]  # one seed is not lower
-    rows = {
-        "sheared": {"seeds": [0, 1, 2, 3, 4], "average": [*sheared[0]], "worst": [*sheared[1]]},
-        "even": {"seeds": [3, 2, 1, 0], "average": [*even[0, ::-1]], "worst": [*even[1, ::-1]]},
-    }
     even[0] = np.minimum(even[0], sheared[0, :4] - 0.01)
-    rows["even"]["average"] = [*even[0, ::-1]]
+    runs = lambda values, *seeds: {str(s): {"average": values[0, s], "worst": values[1, s]} for s in seeds}  # noqa: E731
+    rows = {"sheared": runs(sheared, 0, 1, 2, 3, 4), "even": runs(even, 3, 2, 1, 0)}
     line = compare.table({"skewed": rows}).splitlines()[3]
     both = [(compare.three(a.mean()), stats.ttest_rel(a, 0 * a).pvalue) for a in even - sheared[:, :4]]
     average, worst, difference, seeds = line.strip("| ").split(" | ")[1:]
@@ -217,15 +211,17 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path, capsys):
     assert ended.returncode == 2 and "must be above 0" in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
 
 
-def test_results_of_two_places_are_put_together_by_mixture():
-    """Those of the place with more runs stay, and of as many runs the later ones; rows are not mixed."""
-    row = lambda *seeds: {"seeds": list(seeds)}  # noqa: E731
-    before = {"toy": {"skewed": {"constant": row(0, 1), "even": row(0)}, "own": {"even": row(0)}}}
-    before["middle"] = {"own": {}}
-    found = {"toy": {"skewed": {"even": row(0, 1)}, "own": {"dro": row(7)}}, "languages": {"own": {"even": row(0)}}}
-    merged = {"toy": {"skewed": before["toy"]["skewed"], "own": {"dro": row(7)}}}
-    merged |= {"middle": {"own": {}}, "languages": found["languages"]}
+def test_results_of_two_places_are_put_together_by_seed():
+    """A seed has the runs of the place with more of them, and of as many runs the later ones: places are not mixed."""
+    row = lambda place, *seeds: {str(seed): f"of {place}" for seed in seeds}  # noqa: E731
+    before = {"toy": {"skewed": {"constant": row("a", 0, 1), "even": row("a", 0, 1, 9)}, "own": {"even": row("a", 2)}}}
+    found = {"toy": {"skewed": {"constant": row("b", 0, 10), "even": row("b", 0), "dro": row("b", 1, 9)}}}
+    found |= {"languages": {"own": {"even": row("b", 0)}}}
+    constant = {"0": "of b", "1": "of a", "10": "of b"}
+    skewed = {"constant": constant, "even": {"0": "of b", "1": "of a"}, "dro": {"9": "of b"}}
+    merged = {"toy": {"skewed": skewed, "own": before["toy"]["own"]}, "languages": found["languages"]}
     assert compare.merge(before, found) == merged and compare.merge({}, found) == found
+    assert list(compare.merge(before, found)["toy"]["skewed"]["constant"]) == ["0", "1", "10"]
 
 
 def test_after_a_failure_no_run_begins():
