@@ -125,8 +125,10 @@ def taylor_scores(model: Llama, text: list[Tensor]) -> Scores:
     for tokens in text:
         for sequence in tokens.split(1):
             loss = model(sequence[:, :-1], Gates(*gates), targets=sequence[:, 1:]).mean()
-            for sum_, gradient in zip(total, torch.autograd.grad(loss, gates)):
-                sum_ += gradient.abs()
+            loss.backward(inputs=gates)
+            for sum_, z in zip(total, gates):
+                sum_ += z.grad.abs()
+                z.grad = None
     return Scores(*(sum_ / sum(map(len, text)) for sum_ in total))
 
 

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from masks import check_target
-from model import LOGITS_AT_ONCE, LlamaConfig, read_config
+from model import LOGITS_AT_ONCE, Llama, LlamaConfig, read_config
 from plumbing import choices, parallel
 from plumbing.command_line import load
 from plumbing.data import MicroBatch, TokenData, open_data
@@ -251,22 +251,43 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
                 snapshot = rehearsal.peak()
     finally:
         parallel.stop()
-    result = dict.fromkeys(ROWS, 0.0)
-    for kind, n_bytes in snapshot.items():
-        if kind != "Total":
-            result[KINDS.get(kind.value, "activations")] += n_bytes
     # outside of the steps there is the source, and beside it one after the other of these, in float32
     target, beside = s.target_shape(source), [0.0]
     if s.reference_model:
         beside.append(known_shape(s.reference_model).n_params() / n)
     if target and s.gates != "learned":
-        beside.append(source.n_params() if n > 1 and s.gates in choices.OF_MODEL else 0)  # whole, beside its shards
         beside.append(source.n_params() if processes > n else 0)  # DDP's buckets
         beside.append(target.n_params() / n)
-    whole = 4 * (source.n_params() / n + max(beside))
-    if whole > snapshot["Total"]:
-        return dict.fromkeys(ROWS, 0.0) | {"weights": whole, "all": whole}
-    return {**result, "all": snapshot["Total"]}
+    moments = [by_kind(snapshot), {"weights": 4 * (source.n_params() / n + max(beside))}]
+    if target and s.gates in choices.OF_MODEL:
+        moments.append(by_kind(snapshot_of_choice(s, source)))
+        if n > 1:  # it looks at the whole source, beside its shards
+            moments[-1]["weights"] += 4 * source.n_params() / n
+    most = max(moments, key=lambda moment: sum(moment.values()))
+    return dict.fromkeys(ROWS, 0.0) | most | {"all": sum(most.values())}
+
+
+def snapshot_of_choice(s: Settings, source: LlamaConfig) -> dict:
+    """Kind of memory -> bytes, when a choice that is not learned needs most. It looks at one sequence at a time."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    with FakeTensorMode():
+        model, tracker = Llama(source), MemTracker()
+        model.checkpoint_layers = s.activation_checkpointing
+        tracker.track_external(model)
+        with tracker:
+            choices.scores(s.gates, None, model, [torch.zeros(1, s.seq_len + 1, dtype=torch.int64)], s.seed)
+        (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    return snapshot
+
+
+def by_kind(snapshot: dict) -> dict[str, float]:
+    """What PyTorch's trackers have counted, as rows of our table."""
+    rows = dict.fromkeys(ROWS, 0.0)
+    for kind, n_bytes in snapshot.items():
+        if kind != "Total":
+            rows[KINDS.get(kind.value, "activations")] += n_bytes
+    return rows
 
 
 def least(c: LlamaConfig, sequences: int, seq_len: int, shards: int = 1) -> float:
@@ -383,9 +404,10 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     need = memory(s, source, rehearse)
     mine, micro_batch = s.split_batch(s.world_size)
     how = f"{s.world_size} x {s.gpu}"
+    peak_is = "at its peak" if need["optimizer"] else "at its peak, before the first step"
     if s.world_size > 1:
         how += f", {s.parallel}"
-    row("memory per GPU", f"at its peak; {how}, {mine // micro_batch} x {micro_batch} sequences per step")
+    row("memory per GPU", f"{peak_is}; {how}, {mine // micro_batch} x {micro_batch} sequences per step")
     for kind in ROWS:
         row(f"  {kind}", f"{readable(need[kind]):>16}")
     logits = min(LOGITS_AT_ONCE, micro_batch * s.seq_len * source.vocab_size) * 4

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from model import Layer, Llama, LlamaConfig
-from plumbing import cost, data, parallel
+from plumbing import choices, cost, data, parallel
 from plumbing.command_line import load
 from plumbing.log import host_memory
 from plumbing.run import newest_checkpoint
@@ -502,6 +502,33 @@ def test_predicted_memory_is_what_a_process_takes(options):
     assert float(done.stdout) == pytest.approx(1, abs=0.15), done.stderr
 
 
+def choose_and_predict(*args):
+    """Print the memory that the dry run predicts for a choice, as a share of what the choice takes."""
+    torch.set_num_threads(1)
+    s = load(train.Settings, args)
+
+    def choose(shape):
+        model = Llama(shape).init_weights(0)
+        model.checkpoint_layers = s.activation_checkpointing
+        text = [torch.randint(257, (2, s.seq_len + 1))] * 2
+        return model, choices.scores(s.gates, None, model, text, 0)
+
+    choose(LlamaConfig(257, 1, 32, 2, 2, 16, 32, s.seq_len))  # what is loaded once
+    shape = LlamaConfig(257, 6, 512, 8, 4, 64, 1376, s.seq_len)
+    predicted = sum(cost.by_kind(cost.snapshot_of_choice(s, shape)).values())
+    before = resident_memory()
+    kept = choose(shape)  # noqa: F841
+    print(predicted / (host_memory() - before))
+
+
+@pytest.mark.parametrize("options", [["taylor"], ["taylor", "--activation_checkpointing=True"], ["activation"]])
+def test_predicted_memory_is_what_a_choice_takes(options):
+    """Against the operating system's count, too."""
+    gates, *more = options
+    done = fresh(choose_and_predict, "--init_from=x", "--target_n_layer=1", "--seq_len=512", f"--gates={gates}", *more)
+    assert float(done.stdout) == pytest.approx(1, abs=0.15), done.stderr
+
+
 def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
     """Two ranks of a small Llama: weights and AdamW's state are half of 4 and 8 bytes per parameter."""
     args = "--n_layer=2 --d_model=256 --n_head=4 --d_ffn=688 --parallel=fsdp --dtype=bfloat16".split()
@@ -541,7 +568,8 @@ def test_dry_run_of_pruning():
 
 def test_dry_run_of_a_cut_at_once_knows_the_source():
     """Before the first step the source is there, in float32. Beside it are DDP's buckets of as many bytes, the
-    reference model, the small model, or, for a choice that looks at the weights, a whole copy beside the shards."""
+    reference model, the small model, or what a choice needs that looks at the weights. In shards that is a whole copy,
+    too; `taylor` with layers recomputed has the scaled weights and the activations of one layer."""
     args = "--init_from=x --target_n_layer=1 --target_d_model=32 --target_n_head=1 --target_d_ffn=32".split()
     source = LlamaConfig(257, 4, 512, 8, 8, 64, 1376, 64)
     small = 4 * LlamaConfig(257, 1, 32, 1, 1, 64, 32, 64).n_params()
@@ -550,15 +578,20 @@ def test_dry_run_of_a_cut_at_once_knows_the_source():
         (["--gates=random"], 4, small),
         (["--gates=random", "--reference_model=SmolLM2-135M"], 4, 4 * cost.PUBLISHED["SmolLM2-135M"].n_params()),
         (["--reference_model=SmolLM2-135M"], 4, 4 * cost.PUBLISHED["SmolLM2-135M"].n_params()),
-        (["--gates=taylor"], 4, small),
-        (["--gates=taylor", "--world_size=2"], 8, 0),
+        (["--gates=random", "--world_size=2"], 8, 0),
         (["--gates=random", *shards], 2, small / 2),
-        (["--gates=taylor", *shards], 6, 0),
         (["--reference_model=SmolLM2-135M", *shards], 2, 2 * cost.PUBLISHED["SmolLM2-135M"].n_params()),
     ):
         s = load(train.Settings, ["--batch_size=2", "--seq_len=16", *args, *more])
         need = cost.memory(s, source, train.rehearse)["all"]
         assert need == pytest.approx(bytes_each * source.n_params() + beside), more
+    one_layer = 4 * (source.n_params() - 2 * 257 * 512) / 4
+    for more, bytes_each in (([], 4), (shards, 6)):
+        args += ["--gates=taylor", "--activation_checkpointing=True", "--batch_size=2", "--seq_len=16"]
+        need = cost.memory(load(train.Settings, [*args, *more]), source, train.rehearse)
+        whole = bytes_each * source.n_params()
+        assert need["weights"] == pytest.approx(whole, rel=0.001) and need["optimizer"] == 0
+        assert whole < need["all"] < whole + 2 * one_layer
 
 
 def test_dry_run_looks_at_the_data(tiny_data, monkeypatch, capsys, tmp_path):
