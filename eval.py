@@ -191,7 +191,7 @@ def main():
     if args.sample is not None:
         print_samples(models, tokenizer, start, ids, args, precision)
         return
-    report = {"data": args.data, "split": args.split, "dtype": args.dtype}
+    report = {"data": args.data, "split": None if args.questions else args.split, "dtype": args.dtype}
     if args.asking:
         with user_errors(FloatingPointError):
             report["models"] = answer(models, questions, args.batch_size, precision)

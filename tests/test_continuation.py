@@ -372,7 +372,9 @@ def test_the_command(chain, tiny_data, tmp_path, monkeypatch, capsys):
         )
         == 0
     )
-    table, first = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())["models"]
+    table, report = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    assert report["split"] == "train"
+    first = report["models"]
     rows = first[str(models[0])]
     assert rows["domains"]["sums"]["questions"] == 30 and rows["average"]["accuracy"] > 0.5
     assert rows["average"]["accuracy"] == pytest.approx(np.mean([d["accuracy"] for d in rows["domains"].values()]))
@@ -382,7 +384,7 @@ def test_the_command(chain, tiny_data, tmp_path, monkeypatch, capsys):
     files = sorted(tmp_path.glob("*.jsonl"))
     assert [f.stem for f in files] == TokenData(tiny_data).domains
     assert run(monkeypatch, *args, "--questions", *files, f"--json={tmp_path / 'b.json'}") == 0
-    assert json.loads((tmp_path / "b.json").read_text())["models"] == first
+    assert json.loads((tmp_path / "b.json").read_text()) == report | {"split": None}  # the questions are of no split
     capsys.readouterr()
     assert run(monkeypatch, *args, "--questions", tmp_path / "none.jsonl") == 2
     assert "none.jsonl" in capsys.readouterr().err
