@@ -75,12 +75,13 @@ def domain_losses(
     device, rank, size = parallel.local(model.embed_tokens.weight).device, parallel.rank(), parallel.size()
     totals, tokens_seen = torch.zeros(len(data.domains), dtype=torch.float64, device=device), []
     for total, domain in zip(totals, data.domains):
-        tokens = torch.from_numpy(data.eval_sequences(domain, split, seq_len, sequences))  # (n, T + 1)
-        n = len(tokens)
+        chosen = data.eval_numbers(domain, split, seq_len, sequences)
+        n = len(chosen)
         # Each process computes as many sequences, or one would wait for the others. An index past the end adds nothing.
         indices = torch.arange(rank, math.ceil(n / size) * size, size)
         for part in indices.split(batch_size):
-            batch = tokens[part % n].to(device, non_blocking=True)
+            batch = torch.from_numpy(data.read(domain, split, seq_len, chosen[part.numpy() % n]))
+            batch = batch.to(device, non_blocking=True)
             exists = (part < n).to(device, non_blocking=True)
             nll = model(batch[:, :-1], z, targets=batch[:, 1:]).sum(1, dtype=torch.float64)  # (B,)
             total += torch.where(exists, nll, 0).sum()
@@ -290,7 +291,7 @@ def check(args: argparse.Namespace, data: TokenData, models: dict[str, Llama]) -
     if args.seq_len > longest:
         raise ValueError(f"--seq_len {args.seq_len}: the models take 1 to {longest} tokens")
     for domain in data.domains:
-        data.eval_sequences(domain, args.split, args.seq_len, 1)  # raises where there is too little text
+        data.eval_numbers(domain, args.split, args.seq_len)  # raises where there is too little text
 
 
 def check_ids(models: dict[str, Llama], ids: Iterable[int]) -> None:

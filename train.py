@@ -64,6 +64,7 @@ class Trainer:
         SystemExit when the run is told to stop before the last."""
         s, masks, engine, optimizer, meter = self.s, self.masks, self.engine, self.optimizer, self.meter
         end = s.cut_at if masks else s.steps
+        engine.begin()
         gc.collect()  # after a cut: the large model is in cycles that nothing else holds
         per_token = parallel.size() / (s.batch_size * s.seq_len)  # a mean over processes follows
         for step in range(first, end):
@@ -124,7 +125,7 @@ class Trainer:
         at its average rate so far, because the weights jump. Parameters and learning rate follow their schedules."""
         s, left = self.s, self.s.steps - step
         seen = self.reader.tokens_seen()
-        at_end = seen.sum() + left * s.batch_size * s.seq_len  # tokens of all domains
+        at_end = float(seen.sum()) + left * s.batch_size * s.seq_len  # tokens of all domains
         seen_at_end = seen * (at_end / max(1, seen.sum()))
         params = params_at_end = float(self.model.config.n_params())
         if self.masks:
@@ -175,6 +176,8 @@ class Trainer:
         """Cut the small model out, write model/, measure what was written."""
         s, masks, directory = self.s, self.masks, run.path / "model.partial"
         whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        self.engine.release()
+        self.optimizer.state.clear()  # the finished model takes its place
         if masks and s.settles:
             choices.settle_(masks)
         z = masks.deterministic(at_target=True) if masks else None
@@ -198,7 +201,7 @@ class Trainer:
 def validation_losses(s: Settings, model: Llama, data: TokenData, z: Gates | None = None) -> dict[str, float]:
     """Validation loss of each domain, nats per token, in the dtype of the training."""
     _, micro_batch = s.split_batch(parallel.size())
-    with parallel.autocast(model, s.dtype):
+    with parallel.autocast(model, s.dtype, cached=False):
         return domain_losses(model, data, "val", s.seq_len, s.eval_sequences, micro_batch, z)
 
 

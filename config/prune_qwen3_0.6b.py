@@ -1,6 +1,6 @@
 """Qwen3-0.6B to half its non-embedding parameters, on one GPU: norms of q and k in each head, tied embeddings, GQA.
 
-    python prepare_data.py my_text --out data/qwen3 --tokenizer Qwen3-0.6B
+    python prepare_data.py my_text --out data/qwen3 --tokenizer Qwen3-0.6B --window 2048
     python train.py config/prune_qwen3_0.6b.py
 
 2,000 steps of 16 x 2,048 tokens: 66M tokens; 12.4 GiB (`--dry_run`). The embedding of 151,936 tokens loses only a

@@ -24,7 +24,7 @@ gate_samples = 4
 seq_len = 256
 lr = 1e-4
 warmup = 20
-dtype = "float32"  # on a CPU without AVX-512, bfloat16 is five times slower
+dtype = "float32"  # not every CPU multiplies bfloat16; on a GPU, take it
 
 # for --gates learned
 sparsity_warmup = 240

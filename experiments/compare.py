@@ -32,6 +32,7 @@ from scipy import stats
 from plot import COLORS, STYLE, new_figure, read_metrics
 from plumbing.command_line import Parser, load, user_errors
 from plumbing.data import TokenData
+from plumbing.output import write_whole
 from train import Settings
 
 OUT, DOCS = Path("out/compare"), Path("docs/compare")
@@ -54,6 +55,7 @@ WAYS = ["", *(f", {way}" for way in [*LENGTHS, "pruning too"])]  # a table each
 MIXTURES = [mixture + way for way in WAYS for mixture in ("skewed", "own")]
 ANSWERS = {"right answers": "accuracy", "their error": "standard_error"}
 ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions, at the two plain mixtures
+OF_THE_CASE = {"out", "seed", "threads", "data", "init_from", "reference_model", "ratio"}
 SHARES = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
 PRETRAIN = {"steps": 1200, "warmup": 120}  # longer than the demo's
 PRUNE = {"steps": 700, "warmup": 41, "eval_interval": 25}
@@ -158,7 +160,10 @@ def settings_of(schedule: str) -> dict:
         return SCHEDULES[schedule]
     if wrong := [word for word in schedule.split() if not re.fullmatch(r"--\w+=.+", word)]:
         raise ValueError(f"--schedules: '{wrong[0]}' is neither the name of a schedule nor --setting=value")
-    return dict(word.removeprefix("--").split("=", 1) for word in schedule.split())
+    settings = dict(word.removeprefix("--").split("=", 1) for word in schedule.split())
+    if of_the_case := OF_THE_CASE & settings.keys():
+        raise ValueError(f"--schedules: {', '.join(sorted(of_the_case))} is set for all schedules alike")
+    return settings
 
 
 def run_all(case: Case, seeds: range, mixtures: list[str], schedules: list[str], jobs: int) -> None:
@@ -196,7 +201,7 @@ def measures(case: Case, seed: int, mixture: str, schedule: str) -> dict:
 
 def collect(case: Case, schedules: list[str]) -> dict:
     """Of all that is done in a case: mixture -> schedule -> seed -> measure -> value."""
-    results, ready = {}, [seed for seed in range(100) if (case.at(seed) / "source.json").exists()]
+    results, ready = {}, sorted(int(file.parent.name) for file in (OUT / case.name).glob("*/source.json"))
     for mixture, schedule, seed in itertools.product(MIXTURES, schedules, ready):
         if (case.at(seed, mixture, schedule) / "eval.json").exists():
             runs = results.setdefault(mixture, {}).setdefault(schedule, {})
@@ -297,6 +302,7 @@ def merge(before: dict, found: dict) -> dict:
 
 def report(schedules: list[str]) -> None:
     """Print the tables of what is done here, and put it into results.json and compare.png (see `merge`)."""
+    schedules = [*dict.fromkeys([*SCHEDULES, *schedules])]  # all, or `merge` would not know the place of a seed
     found = {name: rows for name, case in CASES.items() if (rows := collect(case, schedules))}
     if not found:
         raise ValueError(f"nothing in {OUT} is done yet")
@@ -307,7 +313,7 @@ def report(schedules: list[str]) -> None:
     results = merge(json.loads(file.read_text()) if file.exists() else {}, found)
     DOCS.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\n {5,}|\n {4}(?=[}\]])", " ", json.dumps(command | results, indent=1))  # a line per run
-    file.write_text(text + "\n")
+    write_whole(file, text + "\n")
     shown = itertools.product(results, ("skewed", "own"))
     if panels := {(c, m): results[c][m] for c, m in shown if "constant" in results[c].get(m, {})}:
         figure(panels).savefig(DOCS / "compare.png")
@@ -334,6 +340,8 @@ def main():
         first, last = seeds if len(seeds) == 2 else (0, seeds[0] - 1)
         if len(seeds) > 2 or not 0 <= first <= last or args.jobs < 1:
             raise ValueError("--seeds and --jobs must be above 0")
+        if args.ratio != parser.get_default("ratio") and not args.data:
+            raise ValueError("--ratio needs --data")
         for schedule in args.schedules:
             load(Settings, [CASES["toy"].config, *(f"--{k}={v}" for k, v in settings_of(schedule).items())])
         if args.data:

@@ -36,6 +36,7 @@ from runs import ON_GPU, ROOT, demo_text, each, test_losses, train
 from plot import COLORS, STYLE, new_figure
 from plumbing.command_line import Parser, user_errors
 from plumbing.metrics import read_metrics
+from plumbing.output import write_whole
 
 OUT, DOCS = Path("out/pruning"), Path("docs/pruning")
 CHOICES = ["random", "magnitude", "activation", "taylor"]
@@ -171,7 +172,7 @@ def compare(args: argparse.Namespace) -> None:
     elif sum(map(len, before["losses"].values())) > sum(map(len, losses.values())):
         return print(f"{file} stays as it is: it has more runs, of another text or source")
     DOCS.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(file, json.dumps(result, indent=1) + "\n")
     drawn = {row: [out for seed in range(100) if ((out := place(args.scale, row, seed)) / "model").exists()]
              for row in DRAWN if row in result["losses"]}  # fmt: skip
     if drawn and all(drawn.values()):

@@ -109,8 +109,8 @@ def activation_scores(model: Llama, text: list[Tensor]) -> Scores:
 
     hooks = [hook for i, block in enumerate(model.layers) for hook in watch(i, block)]
     for tokens in text:
-        for sequence in tokens.split(1):  # the logits of a whole batch would be the largest tensor by far
-            model(sequence[:, :-1])
+        for sequence in tokens.split(1):  # with targets, as in training: all logits would be the largest tensor by far
+            model(sequence[:, :-1], targets=sequence[:, 1:])
     for hook in hooks:
         hook.remove()
     return Scores(*(x / sum(map(len, text)) for x in total))

@@ -47,6 +47,7 @@ GPUS = {  # name -> memory in bytes that a process can use
 }
 RESERVE = 4 * GIB
 MOST_GPUS = 1024  # that a dry run tries
+MOST_MEMORY = 1024 * GIB  # what surely needs more than this is not rehearsed
 BYTES = 257  # vocabulary of byte tokens
 PUBLISHED = {  # shapes of models that are not at hand yet
     "Llama-2-7b-hf": LlamaConfig(32000, 32, 4096, 32, 32, 128, 11008, 4096),
@@ -235,6 +236,10 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     mine = min(mine, 2 * micro_batch)  # with more micro-batches per step it needs no more
     # with DDP a process needs what it would need alone, and the buckets that hold its gradients stay in memory
     n = processes if s.parallel == "fsdp" else 1
+    target = s.target_shape(source)
+    hopeless = least(target if target and not s.cut_at else source, micro_batch, s.seq_len, n)
+    if hopeless > MOST_MEMORY:  # the numbers may be beyond what torch can count
+        return dict.fromkeys(ROWS, 0.0) | {"activations": hopeless, "all": hopeless}
     s = replace(s, batch_size=mine * n, micro_batch=micro_batch, gate_samples=mine * n // micro_batch)
     never = 10**9  # nothing is logged, evaluated or saved in two steps
     s = replace(s, schedule="constant", log_interval=never, eval_interval=never, save_interval=never, stop_at=0)
@@ -252,11 +257,10 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     finally:
         parallel.stop()
     # outside of the steps there is the source, and beside it one after the other of these, in float32
-    target, beside = s.target_shape(source), [0.0]
+    beside = [0.0]
     if s.reference_model:
         beside.append(known_shape(s.reference_model).n_params() / n)
     if target and s.gates != "learned":
-        beside.append(source.n_params() if processes > n else 0)  # DDP's buckets
         beside.append(target.n_params() / n)
     moments = [by_kind(snapshot), {"weights": 4 * (source.n_params() / n + max(beside))}]
     if target and s.gates in choices.OF_MODEL:

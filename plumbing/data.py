@@ -30,7 +30,7 @@ def open_data(s: Settings) -> TokenData:
                 f"{name} must name the domains {', '.join(data.domains)}, not {', '.join(map(str, given))}"
             )
     for domain in data.domains:
-        data.eval_sequences(domain, "val", s.seq_len, 1)
+        data.eval_numbers(domain, "val", s.seq_len)  # raises where there is too little text
     return data
 
 

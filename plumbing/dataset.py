@@ -199,10 +199,12 @@ class TokenData:
         return rows
 
     def eval_sequences(self, domain: str, split: str, seq_len: int, n: int = 0) -> np.ndarray:
-        """int64 (n, T+1): `n` sequences evenly spread over the split; all of them when n is 0 or more than there are.
+        """int64 (n, T+1): the sequences that `eval_numbers` chooses."""
+        return self.read(domain, split, seq_len, self.eval_numbers(domain, split, seq_len, n))
 
-        Raises ValueError when the split is shorter than one sequence.
-        """
+    def eval_numbers(self, domain: str, split: str, seq_len: int, n: int = 0) -> np.ndarray:
+        """int64 (n,): the numbers of `n` sequences evenly spread over the split; of all when n is 0 or more than there
+        are. ValueError when the split is shorter than one sequence."""
         total = self.sequences(domain, split, seq_len)
         if total == 0:
             raise ValueError(
@@ -210,4 +212,4 @@ class TokenData:
                 f"one sequence of {seq_len}; use shorter sequences or prepare it with more --held_out"
             )
         n = min(n, total) or total
-        return self.read(domain, split, seq_len, np.arange(n) * total // n)
+        return np.arange(n) * total // n

@@ -282,8 +282,11 @@ class Engine:
         self.model, self.dtype, self.each = model, dtype, each
         self.device = local(model.embed_tokens.weight).device
         self.module = model
-        if size() > 1 and not is_sharded(model):
-            self.module = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def begin(self) -> None:
+        """Make the model one of several, before the first backward pass: DDP's buckets need as much memory as it."""
+        if size() > 1 and not is_sharded(self.model):
+            self.module = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             self._order_buckets()
 
     def _order_buckets(self) -> None:
@@ -322,11 +325,12 @@ class Engine:
         stop()
 
 
-def autocast(model: Llama, dtype: str):
+def autocast(model: Llama, dtype: str, cached: bool = True):
     """A context in which the matrix products of `model` are computed in `dtype`, "float32" or "bfloat16". A sharded
-    model has its own rule, from `make_model`."""
-    mixed = dtype == "bfloat16" and not is_sharded(model)
-    return torch.autocast(local(model.embed_tokens.weight).device.type, torch.bfloat16, enabled=mixed)
+    model has its own rule, from `make_model`. cached: the bfloat16 copies of all weights stay until the context ends.
+    """
+    device, mixed = local(model.embed_tokens.weight).device, dtype == "bfloat16" and not is_sharded(model)
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=cached)
 
 
 def accumulated(model: nn.Module) -> list[Tensor]:

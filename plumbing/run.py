@@ -33,6 +33,7 @@ from plumbing.output import write_whole
 
 OF_THE_CHOICE = {"gates", "settle_at", "fade"}  # settings that say what is kept, with the target's shape
 KNOWN_BY_CONTENT = {"data", "init_from"}  # settings that name files, which may move: `digests` tell what they hold
+OF_A_MACHINE = {"out", "resume", "device", "threads"}  # settings that may differ between the processes of a run
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -282,7 +283,7 @@ class Run:
         """ValueError where a process has other settings or data than the first one, or another checkpoint: each machine
         has its own command line and its own disk. Several processes must call it within `parallel.together`."""
         step = {"the step of its newest checkpoint": self.state["step"] if self.state else None}
-        bound = {k: v for k, v in self.settings.items() if k not in self.free | KNOWN_BY_CONTENT}
+        bound = {k: v for k, v in self.settings.items() if k not in OF_A_MACHINE | KNOWN_BY_CONTENT}
         mine = bound | {f"the content of {name}": digest for name, digest in self.digests.items()} | step
         for what, first in parallel.from_first(mine).items():
             if mine[what] != first:

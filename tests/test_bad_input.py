@@ -291,6 +291,7 @@ TABLE = [
     ("a batch of 10**12, one by one", "train --batch_size=10**12 --micro_batch=1", None, "needs more than"),
     ("a dry run of it", "dry_run --d_model=2**20", None, "it does not fit: 1,024 GPUs would need more than"),
     ("a dry run of 2**20", "dry_run --d_ffn=2**20 --d_model=2**20 --n_layer=4096", None, "it does not fit"),
+    ("a dry run of a batch of 2**60", "dry_run --batch_size=2**60", None, "it does not fit"),
     ("a dry run of no GPU", "dry_run --gpu=h1000", None, "gpu = 'h1000' is not one of"),
     ("a dry run of a GPU too small for CUDA", "dry_run --gpu=0.5GB", None, "must have more than the 4.00 GiB"),
     ("a dry run of a GPU beyond all", "dry_run --gpu=" + "9" * 400 + "GB", None, "is not one of"),

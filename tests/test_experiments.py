@@ -197,6 +197,8 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path, capsys):
         (["toy", "--seeds", "x"], "--seeds: invalid int value"),
         (["toy", "--schedules", "--schedule=fast"], "schedule"),
         (["toy", "--schedules", "--schedule dro"], "neither the name of a schedule nor --setting=value"),
+        (["toy", "--schedules", "--schedule=dro --seed=7"], "seed is set for all schedules alike"),
+        (["toy", "--ratio", "{'a': 1}"], "--ratio needs --data"),
         (["toy", "--schedules", "fast"], "neither the name of a schedule nor --setting=value"),
         (["--report", "--data", "data/mine"], "which case?"),
         ([], "which case?"),
@@ -222,6 +224,22 @@ def test_results_of_two_places_are_put_together_by_seed():
     merged = {"toy": {"skewed": skewed, "own": before["toy"]["own"]}, "languages": found["languages"]}
     assert compare.merge(before, found) == merged and compare.merge({}, found) == found
     assert list(compare.merge(before, found)["toy"]["skewed"]["constant"]) == ["0", "1", "10"]
+
+
+def test_a_report_keeps_what_is_not_asked_for(monkeypatch, tmp_path):
+    for name in ("OUT", "DOCS"):
+        monkeypatch.setattr(compare, name, tmp_path)
+    monkeypatch.setattr(compare, "measures", lambda *run: {"average": 0.1, "worst": 0.2})
+    (tmp_path / "toy/120").mkdir(parents=True)
+    (tmp_path / "toy/120/source.json").touch()
+    for schedules in (["constant", "sheared"], ["even"], ["--schedule=dro --rho=0.7"]):
+        for schedule in schedules:
+            out = compare.CASES["toy"].at(120, "skewed", schedule)
+            out.mkdir(parents=True)
+            (out / "eval.json").touch()
+        compare.report(schedules)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["toy"]["skewed"]) == ["constant", "sheared", "even", "--schedule=dro --rho=0.7"]
 
 
 def test_after_a_failure_no_run_begins():

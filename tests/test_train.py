@@ -122,6 +122,18 @@ def test_micro_batches_change_nothing_but_rounding(tiny_data, tmp_path, monkeypa
     np.testing.assert_allclose(*lines, rtol=1e-5)
 
 
+def test_the_finished_model_takes_the_place_of_the_optimizer(tiny_data, tmp_path, monkeypatch):
+    """Both at once may not fit, though every step did."""
+    found, finish = [], train.Trainer.finish
+
+    def watched(self, run, log, make):
+        finish(self, run, log, lambda *args, **kwargs: found.append(len(self.optimizer.state)) or make(*args, **kwargs))
+
+    monkeypatch.setattr(train.Trainer, "finish", watched)
+    assert run(monkeypatch, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=2") == 0
+    assert found == [0]
+
+
 def test_a_finished_run_is_left_as_it_is(chain, monkeypatch, capsys):
     out, args = chain
     for stage in out:
