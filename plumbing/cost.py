@@ -408,7 +408,8 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     need = memory(s, source, rehearse)
     mine, micro_batch = s.split_batch(s.world_size)
     how = f"{s.world_size} x {s.gpu}"
-    peak_is = "at its peak" if need["optimizer"] else "at its peak, before the first step"
+    before = need["weights"] and not need["optimizer"]  # of what is hopeless neither is known
+    peak_is = "at its peak, before the first step" if before else "at its peak"
     if s.world_size > 1:
         how += f", {s.parallel}"
     row("memory per GPU", f"{peak_is}; {how}, {mine // micro_batch} x {micro_batch} sequences per step")
