@@ -6,9 +6,9 @@
     python experiments/compare.py toy --data data/mine --ratio "{'code': .8, 'prose': .1, 'mail': .1}"
 
 In each seed a source model is trained and pruned, both at the mixture of the text; the seed is that of the source and
-of the data order. (SmolLM2 is pruned by experiments/pruning.py, at the paper's mixture.) Then every schedule trains
-the pruned model on, for as many tokens, from the same references: the source's validation losses. docs/comparison.md
-says what the schedules are. Settings in the place of one stand on those of `dro`.
+of the data order. (SmolLM2 is there, see docs/smollm2.md, and is pruned at the paper's mixture.) Then every schedule
+trains the pruned model on, for as many tokens, from the same references: the source's validation losses.
+docs/comparison.md says what the schedules are. Settings in the place of one stand on those of `dro`.
 
 Mixtures: `skewed` gives 78 % to one domain; `own` is the source's. `skewed, pruning too` and `own, pruning too` start
 from the source instead, and prune under each schedule. Others have a third of the steps, or three times as many.
@@ -71,7 +71,7 @@ class Case:
     mixtures: tuple[str, ...] = ("skewed", "own")
     data: str = "data/demo"
     source: str = ""  # a model directory; empty: config/toy_pretrain.py trains one
-    pruned: str = ""  # the run that has pruned it, by seed; empty: config/toy_prune.py does
+    pruning: str = "config/toy_prune.py"
     config: str = "config/toy_continue.py"
     pretrain: dict = field(default_factory=PRETRAIN.copy)
     prune: dict = field(default_factory=PRUNE.copy)
@@ -85,10 +85,6 @@ class Case:
     def source_of(self, seed: int) -> Path:
         """The source model of a seed."""
         return Path(self.source or self.at(seed, "source"))
-
-    def pruned_of(self, seed: int) -> Path:
-        """The run that prunes it."""
-        return Path(self.pruned.format(seed) or self.at(seed, "pruned"))
 
     def losses(self, seed: int, *names: str) -> dict[str, float]:
         """The test loss of each domain, of a run or, without names, of the source."""
@@ -105,33 +101,30 @@ DEMO = dict(zip(["cpp", "python", "docstrings", "comments", "formulas", "manuals
 LANGUAGES = dict(zip(["en", "de", "fr", "ru", "ja", "zh", "ar"], SHARES))
 LARGER = {"n_layer": 8, "d_model": 256, "n_head": 8, "d_ffn": 688}
 ITS_TARGET = {"target_n_layer": 6, "target_d_model": 192, "target_n_head": 6, "target_d_ffn": 512}
+LARGER_BATCH = {"batch_size": 8, "eval_sequences": 16} | ON_GPU
 SMOLLM2 = {
     "data": "data/smollm2",
     "source": "SmolLM2-135M",
-    "pruned": "out/pruning/smollm2_activation_at_one_stroke_{}",  # docs/pruning.md
+    "pruning": "config/prune_smollm2.py",
     "config": "config/continue_smollm2.py",
-    "train_on": {"batch_size": 8, "eval_sequences": 16} | ON_GPU,
-    "sequences": 64,
+    "prune": PRUNE | PAPER | SCHEDULES["paper"] | LARGER_BATCH,  # as docs/pruning.md's `activation, at one stroke`
+    "train_on": LARGER_BATCH,
 }
 CASES = {
     "toy": Case("toy", 5, DEMO, tuple(MIXTURES)),
     "middle": Case("middle", 3, DEMO, pretrain=PRETRAIN | LARGER, prune=PRUNE | ITS_TARGET),
-    "smollm2": Case("smollm2", 3, DEMO, **SMOLLM2),
+    "smollm2": Case("smollm2", 3, DEMO, sequences=64, **SMOLLM2),
     "languages": Case("languages", 3, LANGUAGES, data="data/languages"),
 }
 
 
 def prepare(case: Case, seed: int) -> None:
     """The source model of a seed, with its test losses, and the pruned model."""
-    source, pruned = case.source_of(seed), case.pruned_of(seed)
+    source = case.source_of(seed)
     if not case.source:
         train(source, seed, "config/toy_pretrain.py", data=case.data, **case.pretrain)
-    start = {"data": case.data, "init_from": source, "reference_model": source}
-    if not case.pruned:
-        train(pruned, seed, "config/toy_prune.py", schedule="constant", **start, **case.prune)
-    elif not (pruned / "model").exists():
-        first = f'python experiments/pruning.py {case.name} --seeds {seed + 1} --rows "activation, at one stroke"'
-        raise ValueError(f"{pruned}: no finished run; first `{first}`")
+    start = {"data": case.data, "init_from": source, "reference_model": source, "schedule": "constant"}
+    train(case.at(seed, "pruned"), seed, case.pruning, **start | case.prune)
     case.losses(seed)
 
 
@@ -140,9 +133,9 @@ def judge(case: Case, seed: int, mixture: str, schedule: str) -> None:
     settings = PAPER | settings_of(schedule) | {"data": case.data, "reference_model": case.source_of(seed)}
     start, _, way = mixture.partition(", ")
     if way == "pruning too":
-        config, settings = "config/toy_prune.py", settings | case.prune | {"init_from": case.source_of(seed)}
+        config, settings = case.pruning, case.prune | settings | {"init_from": case.source_of(seed)}
     else:
-        config, settings = case.config, settings | case.train_on | {"init_from": case.pruned_of(seed)}
+        config, settings = case.config, settings | case.train_on | {"init_from": case.at(seed, "pruned")}
     if way in LENGTHS:
         usual = load(Settings, [config])
         settings["steps"] = steps = round(LENGTHS[way] * usual.steps)
@@ -179,15 +172,11 @@ def run_all(case: Case, seeds: range, mixtures: list[str], schedules: list[str],
 def measures(case: Case, seed: int, mixture: str, schedule: str) -> dict:
     """Everything that a run is judged by: degradation in nats per token, shares of the tokens, right answers."""
     source, loss, out = case.losses(seed), case.losses(seed, mixture, schedule), case.at(seed, mixture, schedule)
-    run = read_metrics(out)
-    drawn, reference = run.evals[-1]["domain_tokens"], run.evals[0]["reference"]
-    on_validation = [run.end["loss"][d] - reference[d] for d in source]
+    drawn = read_metrics(out).evals[-1]["domain_tokens"]
     worse = {d: loss[d] - source[d] for d in source}
     found = {
         "average": np.mean([*worse.values()]),
         "worst": max(worse.values()),
-        "average, validation": np.mean(on_validation),
-        "worst, validation": max(on_validation),
         "degradation": worse,
         "share of the tokens": {d: n / sum(drawn.values()) for d, n in drawn.items()},
     }
@@ -345,8 +334,6 @@ def main():
         for schedule in args.schedules:
             load(Settings, [CASES["toy"].config, *(f"--{k}={v}" for k, v in settings_of(schedule).items())])
         if args.data:
-            if case.pruned:
-                raise ValueError(f"--data: {case.name} starts from a model that was pruned on {case.data}")
             given = load(Settings, [case.config, f"--data={args.data}", f"--ratio={args.ratio}"])
             text = TokenData(given.data)
             if given.ratio.keys() != set(text.domains):

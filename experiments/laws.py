@@ -273,7 +273,7 @@ def histories() -> list[tuple[str, History]]:
     for path in sorted(p for names in runs for p in COMPARE.glob(f"toy/*/{'/'.join(names)}/eval.json")):
         name, seed, mixture, _ = path.parent.relative_to(COMPARE).parts
         if (name, seed) not in pruned:
-            pruned[name, seed] = history(CASES[name].pruned_of(int(seed)))
+            pruned[name, seed] = history(CASES[name].at(int(seed), "pruned"))
         run, before = history(path.parent), pruned[name, seed]
         found.append((f"{name}, {mixture}", replace(run, before=before.until(1) if run.stage == "continue" else None)))
     return [*found, *((f"{name}, pruned", before) for (name, _), before in pruned.items())]
