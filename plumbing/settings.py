@@ -124,7 +124,9 @@ class Settings:
         "robust optimisation",
     ] = "constant"
     dynamic_reference: Annotated[
-        bool, "the reference loss comes from the scaling law's prediction (section 3.2); for dro and sheared"
+        bool,
+        "the reference loss comes from the scaling law's prediction (section 3.2); until there is one, the given "
+        "reference counts, and without a given one the weights stay; for dro and sheared",
     ] = False
     dynamic_ratio: Annotated[bool, "the reference ratio follows the weights (section 3.3); for dro"] = True
     law: Annotated[
