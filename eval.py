@@ -67,29 +67,29 @@ def domain_losses(
     progress: tqdm | None = None,
 ) -> dict[str, float]:
     """Domain -> mean cross entropy in nats per token, over `sequences` sequences of seq_len tokens. They are spread
-    evenly over the split; 0 means all of them.
+    evenly over the split; 0 means all of them. The first token of a held-out window does not count: it continues
+    nothing.
 
     Several processes share the sequences, and all get the same numbers. z: gates of the model; progress: a bar that
     counts this process's sequences. ValueError where a domain's split is shorter than one sequence.
     """
     device, rank, size = parallel.local(model.embed_tokens.weight).device, parallel.rank(), parallel.size()
-    totals, tokens_seen = torch.zeros(len(data.domains), dtype=torch.float64, device=device), []
-    for total, domain in zip(totals, data.domains):
-        chosen = data.eval_numbers(domain, split, seq_len, sequences)
-        n = len(chosen)
+    sums = torch.zeros(len(data.domains), 2, dtype=torch.float64, device=device)  # cross entropies; how many
+    for of_domain, domain in zip(sums, data.domains):
+        numbers = data.eval_numbers(domain, split, seq_len, sequences)
+        n = len(numbers)
         # Each process computes as many sequences, or one would wait for the others. An index past the end adds nothing.
         indices = torch.arange(rank, math.ceil(n / size) * size, size)
         for part in indices.split(batch_size):
-            batch = torch.from_numpy(data.read(domain, split, seq_len, chosen[part.numpy() % n]))
-            batch = batch.to(device, non_blocking=True)
-            exists = (part < n).to(device, non_blocking=True)
-            nll = model(batch[:, :-1], z, targets=batch[:, 1:]).sum(1, dtype=torch.float64)  # (B,)
-            total += torch.where(exists, nll, 0).sum()
+            chosen = numbers[part.numpy() % n]
+            batch = torch.from_numpy(data.read(domain, split, seq_len, chosen)).to(device, non_blocking=True)
+            counts = torch.from_numpy(data.continues(split, seq_len, chosen)) & (part < n)[:, None]
+            counts = counts.to(device, non_blocking=True)
+            nll = model(batch[:, :-1], z, targets=batch[:, 1:])  # (B, T)
+            of_domain += torch.stack((torch.where(counts, nll, 0).sum(dtype=torch.float64), counts.sum()))
             if progress is not None:
                 progress.update(len(part))
-        tokens_seen.append(n * seq_len)
-    losses = parallel.sum_(totals).tolist()
-    return {domain: loss / n for domain, loss, n in zip(data.domains, losses, tokens_seen)}
+    return {domain: total / n for domain, (total, n) in zip(data.domains, parallel.sum_(sums).tolist())}
 
 
 def coverage(data: TokenData, split: str, seq_len: int, sequences: int) -> dict[str, dict[str, int]]:

@@ -81,9 +81,11 @@ def watch(name: str, *command: str) -> None:
     def windows(model, data, seq_len, z):
         losses = {}
         for domain in data.domains:
-            tokens = torch.from_numpy(data.eval_sequences(domain, "val", seq_len, WINDOWS))
-            nll = [model(x[:, :-1], z, targets=x[:, 1:]).mean(1) for x in tokens.split(8)]
-            losses[domain] = torch.cat(nll).tolist()
+            numbers = data.eval_numbers(domain, "val", seq_len, WINDOWS)
+            tokens = torch.from_numpy(data.read(domain, "val", seq_len, numbers))
+            nll = torch.cat([model(x[:, :-1], z, targets=x[:, 1:]) for x in tokens.split(8)])
+            counts = torch.from_numpy(data.continues("val", seq_len, numbers))
+            losses[domain] = nll.where(counts, torch.nan).nanmean(1).tolist()
         return losses
 
     train.Trainer = Watched

@@ -369,7 +369,10 @@ def work_of(s: Settings, source: LlamaConfig) -> Work:
 
 
 def dry_run(s: Settings, rehearse: Callable) -> None:
-    """Print what the run of these settings would cost. ValueError, with the nearest remedy, where it does not fit."""
+    """Print what the run of these settings would cost, once. ValueError, with the nearest remedy, where it does not
+    fit."""
+    if int(os.environ.get("RANK", 0)):  # started by torchrun
+        return
     total, peak = memory_of(s.gpu), peak_of(s.gpu, s.dtype)
     s.split_batch(s.world_size)
     source, data = shape_of(s), data_of(s)

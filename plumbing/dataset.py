@@ -198,6 +198,12 @@ class TokenData:
                 self._check_ids(domain, split, int(i) * seq_len, row)
         return rows
 
+    def continues(self, split: str, seq_len: int, indices: np.ndarray) -> np.ndarray:
+        """bool (len(indices), T): which targets of these sequences continue the text before them. val and test are made
+        of unrelated windows, and the first token of a window continues nothing."""
+        position = np.asarray(indices)[:, None] * seq_len + np.arange(1, seq_len + 1)
+        return (position % self.meta["window"] != 0) | (split == "train")
+
     def eval_sequences(self, domain: str, split: str, seq_len: int, n: int = 0) -> np.ndarray:
         """int64 (n, T+1): the sequences that `eval_numbers` chooses."""
         return self.read(domain, split, seq_len, self.eval_numbers(domain, split, seq_len, n))

@@ -134,6 +134,10 @@ class Log:
                 f"note: validation text is made of unrelated windows of {window} tokens, and sequences of {s.seq_len} "
                 f"go across their borders; prepare_data.py --window {s.seq_len} makes them whole"
             )
+        if s.warmup >= s.steps:
+            say(f"note: warmup = {s.warmup} is not below steps = {s.steps}, so the learning rates rise to the end")
+        if s.law != fields(Settings)["law"].default and not (s.dynamic_reference and s.schedule in WITH_REFERENCES):
+            say(f"note: law = '{s.law}' has no effect: only a dynamic_reference, under dro or sheared, asks a law")
         if s.dynamic_reference and s.schedule in WITH_REFERENCES and not s.has_points_for_a_law:
             say(
                 f"note: dynamic_reference has no effect: the scaling law is asked after more than {MORE_POINTS_THAN} "

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from plumbing.data import BatchReader, TokenData
 from plumbing.huggingface import stored_dtype
 from plumbing.output import flush
 from plumbing.parallel import check_finite
-from plumbing.run import find_checkpoint, newest_checkpoint, read_state, shapes_of
+from plumbing.run import find_checkpoint, read_state, shapes_of
 from plumbing.tokenizer import files_of_tokenizer, fingerprint, load_tokenizer, sentencepiece_only, tokenizer_file
 
 PRUNING, TRAINED_WITH = "pruning.json", "trained_with.json"
@@ -33,20 +34,11 @@ PRUNING, TRAINED_WITH = "pruning.json", "trained_with.json"
 def model_directory(path: str | Path) -> Path | None:
     """The directory in Hugging Face's format that `path` is, or that the finished run `path` holds; None otherwise."""
     path = Path(path)
-    if (path / "model" / "config.json").is_file() and not goes_on(path):
+    if (path / "model" / "config.json").is_file():
         return path / "model"
     if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
         return path
     return None
-
-
-def goes_on(run: Path) -> bool:
-    """Whether a run was given more steps than its model/ has, and has not taken all of them yet."""
-    newest, config = newest_checkpoint(run), run / "config.json"
-    if newest is None or not config.is_file():
-        return False
-    steps = records.read(config, records.RunConfig, "the config.json of a run")["steps"]
-    return int(newest.name.removeprefix("step_")) < steps
 
 
 def directory_of(model: str) -> Path:
@@ -79,6 +71,8 @@ def load_model(path: str | Path) -> Llama:
     if found is None:
         what = "has no model and no checkpoint yet" if path.is_dir() else "no such model, run or checkpoint"
         raise ValueError(f"{path}: {what}")
+    if found.parent.parent == path:
+        print(f"note: {path} is not finished, so its newest checkpoint is read: {found.name}", file=sys.stderr)
     state = read_state(found)
     source, target = shapes_of(state)
     tree = nn.ModuleDict({"model": Llama(source)})

@@ -32,7 +32,9 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 
 # -- who am I, and how do we agree? ---------------------------------------------------------------------------------
 
-patient = None  # the group of all processes, by gloo, with a long timeout: see `start`
+# The first process may score a large model, or write a large checkpoint, for longer than the default half an hour.
+PATIENCE = timedelta(hours=2)
+patient = None  # the group of all processes, by gloo, with this timeout: see `start`
 
 
 def find_device(name: str) -> torch.device:
@@ -72,8 +74,8 @@ def start(device: torch.device) -> torch.device:
     # gloo beside nccl: what the hosts have to agree on must not wait for the devices
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    global patient  # the first process may read and score a large model for longer than the default half an hour
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    global patient
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     return device
 
 

@@ -140,7 +140,12 @@ class Run:
         if self.checkpoint is None or self.origin != self.path:
             self._check_config()
             self._check_what_is_there()
-        self.finished = self.has_model and not (self.state and self.state["step"] < settings["steps"])
+        self.finished = self.has_model and self._steps_of_model() >= settings["steps"]
+
+    def _steps_of_model(self) -> int:
+        """After how many steps model/ was made: a run that is given more of them loses it first (`open`)."""
+        config = self.path / "config.json"
+        return records.read(config, records.RunConfig, "the config.json of a run")["steps"] if config.exists() else 0
 
     def _lock(self) -> None:
         """Open metrics.jsonl and keep it for this process until it ends, however it does. ValueError if another process
@@ -204,7 +209,7 @@ class Run:
             records.convert(begun, records.RunConfig, complaint)
             self._refuse(self._changes(config, begun))
             was = begun.get("resume", "auto")
-            if was not in ("auto", "never", self.settings["resume"]):
+            if was not in ("auto", "never", self.settings["resume"]) and not self.has_model:
                 raise ValueError(f"{self.path} was begun with --resume {was} and has no checkpoint yet: give it again")
 
     def _check_what_is_there(self) -> None:
@@ -290,13 +295,14 @@ class Run:
                 raise ValueError(f"process {parallel.rank()}: {what} is {mine[what]!r}, and {first!r} in process 0")
 
     def open(self) -> None:
-        """Make the directory and open the logs: everything was found to be right. From now on SIGTERM and Ctrl-C do not
-        end the process: `interrupted` tells of them. OSError where nothing can be written, ValueError where another
-        process has been at work since this one looked."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: self.signals.append(number))
-        if parallel.size() > 1:
-            self.group = dist.new_group(backend="gloo")  # an asynchronous save talks while training talks
+        """Make the directory and open the logs: everything was found to be right. From now on SIGTERM, Ctrl-C and a
+        terminal that goes away do not end the process: `interrupted` tells of them. OSError where nothing can be
+        written, ValueError where another process has been at work since this one looked."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda number, frame: self.signals.append(number))
+        if parallel.size() > 1:  # an asynchronous save talks while training talks
+            self.group = dist.new_group(backend="gloo", timeout=parallel.PATIENCE)
         with parallel.together():
             if parallel.is_first():
                 self._begin_to_write()

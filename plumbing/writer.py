@@ -126,7 +126,8 @@ class DomainWriter:
         tokens = [self.counts[split]["tokens"] for split in SPLITS]
         if min(tokens) > self.window:  # a sequence of one window needs the token after it, too
             return ""
-        return "{:,} train, {:,} val and {:,} test tokens; of each, {:,} are needed".format(*tokens, self.window + 1)
+        counts = "{:,} train, {:,} val and {:,} test tokens".format(*tokens)
+        return f"{counts}; of each, more than one window of {self.window:,} is needed"
 
 
 class DataWriter:

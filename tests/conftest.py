@@ -8,9 +8,12 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import train
+from plumbing.data import TokenData
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -125,7 +128,7 @@ ROBUST = "--schedule=dro --dynamic_reference=True --dynamic_ratio=True --eval_in
 def call(monkeypatch, main, *argv):
     """A command in this process, by its main, its name and its arguments; its exit status."""
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         main()
         return 0
@@ -144,6 +147,19 @@ def run(monkeypatch, *args):
 def metrics(out: Path, kind=None) -> list[dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if kind is None or line["type"] == kind]
+
+
+def with_labels(data: TokenData, domain: str, split: str, seq_len: int, n: int = 0) -> tuple:
+    """Evenly spread sequences (n, T+1) as transformers takes them, and their labels. The first token of a held-out
+    window is -100 there: it does not count."""
+    stream = data.tokens(domain, split).astype(np.int64)
+    labels = stream.copy()
+    if split != "train":
+        labels[:: data.meta["window"]] = -100
+    total = (len(stream) - 1) // seq_len
+    n = min(n, total) or total
+    rows = [slice(i * seq_len, (i + 1) * seq_len + 1) for i in np.arange(n) * total // n]
+    return tuple(torch.from_numpy(np.stack([x[row] for row in rows])) for x in (stream, labels))
 
 
 @pytest.fixture(scope="session")

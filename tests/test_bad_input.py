@@ -53,7 +53,7 @@ COMMANDS = {  # the words that a row of the table may begin with -> the argument
 def run(command: str, args: list[str], patch: pytest.MonkeyPatch) -> int:
     """Run a command of COMMANDS, with more arguments, in this process. Its exit status."""
     name = command if command in MAINS else {"ask": "eval", "sample": "eval"}.get(command, "train")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     patch.setattr(sys, "argv", [f"{name}.py", *COMMANDS[command], *args])
     try:
         MAINS[name]()

@@ -3,6 +3,7 @@
 import ast
 import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -22,9 +23,9 @@ from safetensors.torch import save, save_file
 import eval as eval_module
 import train
 from model import Llama, LlamaConfig
-from plumbing import checkpoint
+from plumbing import checkpoint, data
 from plumbing.models import digest, directory_of, load_model
-from plumbing.run import Run, newest_checkpoint
+from plumbing.run import Run, checkpoints, newest_checkpoint
 from plumbing.settings import FREE
 
 
@@ -393,6 +394,55 @@ def test_ctrl_c_ends_with_130():
     for signals, status in (([], 0), ([signal.SIGTERM], 0), ([signal.SIGINT], 130)):
         run.signals = signals
         assert run.exit_status == status
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_goes_away_stops_a_run(tiny_data, tmp_path, monkeypatch, ignored):
+    """It leaves a checkpoint. Under nohup the signal is ignored, and the run goes on."""
+    next_batch = data.BatchReader.next_batch
+
+    def hang_up(self, step, weights):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return next_batch(self, step, weights)
+
+    monkeypatch.setattr(data.BatchReader, "next_batch", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        assert run(monkeypatch, *SHAPE, f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=8") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert newest_checkpoint(tmp_path / "x").name == ("step_000008" if ignored else "step_000004")
+    assert (tmp_path / "x" / "model").exists() == ignored
+
+
+def test_a_finished_run_needs_no_checkpoint(chain, tmp_path, monkeypatch, capsys):
+    """Its model is what counts, also where an older checkpoint is left."""
+    out, args = chain
+    mine = shutil.copytree(out["continue"], tmp_path / "mine")
+    command = [f"--out={mine}" if a.startswith("--out=") else a for a in args["continue"]]
+    assert len(checkpoints(mine)) > 1
+    for old in reversed(checkpoints(mine)):
+        shutil.rmtree(old)
+        before = everything(mine)
+        assert run(monkeypatch, *command) == 0 and "is finished already" in capsys.readouterr().out
+        assert everything(mine) == before and torch.equal(
+            load_model(mine).lm_head.weight, Llama.from_pretrained(mine / "model").lm_head.weight
+        )
+    more = [f"--out={tmp_path / 'more'}" if a.startswith("--out=") else a for a in args["continue"]]
+    assert run(monkeypatch, *more, f"--resume={out['continue']}", "--export_dtype=bfloat16") == 0  # no step is left
+    assert run(monkeypatch, *more, "--export_dtype=bfloat16") == 0 and "is finished already" in capsys.readouterr().out
+
+
+def test_eval_says_which_checkpoint_it_reads(chain, tmp_path, monkeypatch, capsys):
+    mine = shutil.copytree(chain[0]["continue"], tmp_path / "mine")
+    load_model(mine)
+    load_model(newest_checkpoint(mine))
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(mine / "model")
+    load_model(mine)
+    name = newest_checkpoint(mine).name
+    assert capsys.readouterr().err == f"note: {mine} is not finished, so its newest checkpoint is read: {name}\n"
 
 
 def test_a_reference_model_is_not_needed_twice(chain, tmp_path, monkeypatch):

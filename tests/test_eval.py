@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import call, metrics
+from conftest import call, metrics, with_labels
 from conftest import run as train_run
 
 import eval as eval_module
@@ -122,14 +125,31 @@ def test_a_limit_of_sequences_and_what_it_covers(chain, tiny_data, tmp_path, mon
     assert {n["evaluated"] for n in found["five"]["sequences"].values()} == {5}
     assert all(n["evaluated"] == n["available"] for n in found["all"]["sequences"].values())
     for name, result in found.items():
-        tokens = torch.from_numpy(
-            data.eval_sequences("sums", result["split"], 64, {"five": 5, "all": 0}.get(name, 256))
-        )
+        tokens, labels = with_labels(data, "sums", result["split"], 64, {"five": 5, "all": 0}.get(name, 256))
         with torch.no_grad():
             logits = eval_module.load_model(model)(tokens[:, :-1])
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).item()
         (measured,) = result["models"].values()
         assert measured["domains"]["sums"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seq_len", [1, 50, 127, 128, 129, 256])
+def test_the_first_token_of_a_held_out_window_does_not_count(tiny_data, tmp_path, seq_len):
+    """It follows unrelated text. The training split has no windows, so there each token counts."""
+    folder = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    for file in folder.glob("*/*.bin"):
+        tokens = np.ones(file.stat().st_size // 2, "<u2")
+        tokens[::128] = 7
+        tokens.tofile(file)
+    data = TokenData(folder)
+
+    def model(tokens, z, targets):
+        return 1.0 + 99 * (targets == 7)
+
+    model.embed_tokens = torch.nn.Embedding(1, 1)
+    for split, expected in (("val", 1), ("test", 1), ("train", 1 + 99 / 128)):
+        losses = eval_module.domain_losses(model, data, split, seq_len, 0, 64)
+        assert losses == pytest.approx(dict.fromkeys(data.domains, expected), abs=0.01 if split == "train" else 1e-9)
 
 
 def test_bfloat16_is_autocast_as_in_training(chain, tiny_data, tmp_path, monkeypatch):

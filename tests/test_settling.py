@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import GATES, ROBUST, SHAPE, TARGET, metrics, run
+from conftest import GATES, ROBUST, SHAPE, TARGET, metrics, run, with_labels
 from processes import fresh, script
 from safetensors.torch import load_file
 from test_masks import SOURCE, random_masks
@@ -130,9 +130,9 @@ def test_a_run_that_settles_is_whole(settled, tiny_data):
     kept = json.loads((out / "model" / "pruning.json").read_text())
     assert set(np.ravel(kept["ffn"]["gates"])) == {1.0} and len(kept["hidden"]["kept"]) == 24
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
-    tokens = torch.from_numpy(TokenData(tiny_data).eval_sequences("sums", "val", 64, 4))
+    tokens, labels = with_labels(TokenData(tiny_data), "sums", "val", 64, 4)
     with torch.no_grad():
-        assert end["loss"]["sums"] == pytest.approx(theirs(tokens, labels=tokens).loss.item(), rel=1e-5)
+        assert end["loss"]["sums"] == pytest.approx(theirs(tokens, labels=labels).loss.item(), rel=1e-5)
 
 
 def test_the_loss_is_the_same_before_and_after_the_cut(settled, tiny_data):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SHAPE, metrics, run
+from conftest import SHAPE, metrics, run, with_labels
 from processes import Fresh, script
 
 import eval
@@ -44,9 +44,9 @@ def test_validation_losses_are_transformers(chain, tiny_data):
         theirs, info = transformers.AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
         assert not any(info.values())
         for domain, loss in metrics(chain[0][stage], "end")[0]["loss"].items():
-            tokens = torch.from_numpy(data.eval_sequences(domain, "val", 64, 4))
+            tokens, labels = with_labels(data, domain, "val", 64, 4)
             with torch.no_grad():
-                expected = theirs(tokens, labels=tokens).loss.item()
+                expected = theirs(tokens, labels=labels).loss.item()
             assert loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -326,6 +326,8 @@ def test_settings_without_effect_are_told(chain, tiny_data, tmp_path, monkeypatc
     for i, (args, said) in enumerate({
         (f"--init_from={source}", "--n_layer=7", "--steps=9"): f"n_layer = 7 has no effect: {source} has 3",
         (f"--init_from={source}", "--n_layer=3", "--steps=9"): None,
+        ("--steps=9", "--warmup=9"): "warmup = 9 is not below steps = 9",
+        ("--steps=9", "--law=paper"): "law = 'paper' has no effect",
         (*dynamic, "--steps=44"): "dynamic_reference has no effect: the scaling law is asked after more than 10",
         (*dynamic, "--steps=45"): None,
     }.items()):  # fmt: skip
@@ -624,10 +626,10 @@ def test_evaluation_is_over_all_sequences_whatever_the_batch_size(chain, tiny_da
     data, model = TokenData(tiny_data), load_model(chain[0]["continue"])
     one, many = (domain_losses(model, data, "test", 64, 0, size) for size in (3, 1000))
     assert one == pytest.approx(many, rel=1e-6)
-    tokens = torch.from_numpy(data.eval_sequences("sums", "test", 64))
+    tokens, labels = with_labels(data, "sums", "test", 64)
     with torch.no_grad():
         logits = model(tokens[:, :-1]).transpose(1, 2)
-    assert one["sums"] == pytest.approx(torch.nn.functional.cross_entropy(logits, tokens[:, 1:]).item(), rel=1e-6)
+    assert one["sums"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels[:, 1:]).item(), rel=1e-6)
 
 
 def test_what_the_scaling_law_is_asked_for():
