@@ -71,14 +71,14 @@ def load_model(path: str | Path) -> Llama:
     if found is None:
         what = "has no model and no checkpoint yet" if path.is_dir() else "no such model, run or checkpoint"
         raise ValueError(f"{path}: {what}")
-    if found.parent.parent == path:
-        print(f"note: {path} is not finished, so its newest checkpoint is read: {found.name}", file=sys.stderr)
     state = read_state(found)
     source, target = shapes_of(state)
     tree = nn.ModuleDict({"model": Llama(source)})
     if target is not None:
         tree["masks"] = PruningMasks(source, target, 0)
     checkpoint.load(tree, found)
+    if found.parent.parent == path:
+        print(f"note: {path} is not finished, so its newest checkpoint is read: {found.name}", file=sys.stderr)
     if state["settled"]:
         choices.settle_(tree["masks"])
     return tree["model"] if target is None else extract(tree["model"], tree["masks"])
