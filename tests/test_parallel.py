@@ -557,6 +557,8 @@ def test_dry_run_of_a_sharded_run(monkeypatch, capsys):
     assert number["price"] == pytest.approx(1e9 * flops / (0.33 * 989e12) / 3600, rel=1e-3)
     assert run(monkeypatch, *args[:-2], "--dry_run=True", "--gpu=24GB", "--out=out/never") == 0
     assert "time              not known: 24GB is a size of memory" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")  # torchrun starts several processes, and one speaks
+    assert run(monkeypatch, *args, "--dry_run=True", "--out=out/never") == 0 and capsys.readouterr() == ("", "")
 
 
 def test_dry_run_of_pruning():
