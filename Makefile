@@ -23,7 +23,7 @@ demo: $(VENV)/done
 	$(RUN) train.py config/toy_prune.py
 	$(RUN) train.py config/toy_continue.py --schedule constant --out out/toy_constant
 	$(RUN) train.py config/toy_continue.py
-	$(RUN) eval.py $(DEMO) --data data/demo --sequences 128 --json out/demo.json
+	$(RUN) eval.py $(DEMO) --data data/demo --sequences 64 --json out/demo.json
 	$(RUN) plot.py out/toy_continue out/toy_constant
 
 tour: $(VENV)/done
