@@ -82,6 +82,11 @@ def test_runs_of_a_case_differ_in_their_schedule_alone(monkeypatch, tmp_path):
     compare.judge(compare.CASES["smollm2"], 3, "own, pruning too", "sheared")  # the case's own pruning is under `paper`
     run = load(Settings, commands[0][1:])
     assert (run.schedule, run.init_from, run.target_d_model) == ("sheared", "SmolLM2-135M", 480)
+    for name, tokens in (("smollm2", 1_024_000), ("smollm2_short", 512_000)):
+        commands.clear()
+        compare.judge(compare.CASES[name], 0, "skewed", "paper")
+        run = load(Settings, commands[0][1:])
+        assert run.steps * run.batch_size * run.seq_len == tokens and run.ratio["stubs"] == 0.01, name
 
 
 def test_settings_may_stand_in_place_of_a_schedule(monkeypatch):
