@@ -1,6 +1,7 @@
 """How fast is a training step on one GPU, and how much memory does it need, beside what the dry run says?
 
     python experiments/gpu.py             # measures on the first GPU, some minutes; writes docs/performance/gpu.json
+                                          # run it again to go on where it was
     python experiments/gpu.py --report    # prints the table, with the dry run's memory; needs no GPU
 
 The steps are train.py's own, with weights and tokens drawn at random, in bfloat16, with AdamW. 1.3B and 7B have as many
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from model import LlamaConfig  # noqa: E402
 from plumbing import cost  # noqa: E402
 from plumbing.command_line import Parser, load, user_errors  # noqa: E402
+from plumbing.output import write_whole  # noqa: E402
 from plumbing.settings import Settings  # noqa: E402
 from train import rehearse  # noqa: E402
 
@@ -145,12 +147,16 @@ def main():
         if args.report:
             print(table(json.loads(Path(args.out).read_text())))
             return
-    found = {"command": "python experiments/gpu.py", "device": torch.cuda.get_device_name()}
-    found |= {"torch": torch.__version__, "rows": []}
+        here = {"command": "python experiments/gpu.py", "device": torch.cuda.get_device_name()}
+        here |= {"torch": torch.__version__}
+        found = json.loads(Path(args.out).read_text()) if Path(args.out).exists() else here | {"rows": []}
+        if not found.items() >= here.items():
+            raise ValueError(f"{args.out} is of another device or torch: name another file with --out")
     for row in ROWS:
-        found["rows"].append(measure(row))
-        print(found["rows"][-1], flush=True)
-        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+        if list(row) not in [measured["row"] for measured in found["rows"]]:
+            found["rows"].append(measure(row) | {"row": list(row)})
+            print(found["rows"][-1], flush=True)
+            write_whole(Path(args.out), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

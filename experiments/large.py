@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from plumbing import cost  # noqa: E402
 from plumbing.command_line import Parser, load, user_errors  # noqa: E402
+from plumbing.output import write_whole  # noqa: E402
 from plumbing.settings import Settings  # noqa: E402
 from train import rehearse  # noqa: E402
 
@@ -83,7 +84,7 @@ def main():
             found[key] = row(*args)
             print(f"{key}: {cost.readable(found[key]['bytes']['all'])}", file=sys.stderr, flush=True)
             content = {"command": "python experiments/large.py", "rows": found}
-            out.write_text(json.dumps(content, indent=1) + "\n")
+            write_whole(out, json.dumps(content, indent=1) + "\n")
     print(table(found))
 
 

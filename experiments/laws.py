@@ -32,6 +32,7 @@ from compare import CASES, PAPER  # noqa: E402
 
 from plumbing.command_line import Parser, user_errors  # noqa: E402
 from plumbing.metrics import read_metrics  # noqa: E402
+from plumbing.output import write_whole  # noqa: E402
 from scaling_law import FitError, fit_together  # noqa: E402
 from train import lr_scale  # noqa: E402
 
@@ -314,7 +315,7 @@ def main():
                 row[s] = {"error": np.abs(error).mean(), "of differences": np.abs(differences).mean()}
             cells = (f"{x['error']:.3f} ({x['of differences']:.3f})" for x in row.values())
             print(f"{name:40}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
-    Path("docs/laws/laws.json").write_text(json.dumps(rounded(results), indent=1))
+    write_whole(Path("docs/laws/laws.json"), json.dumps(rounded(results), indent=1))
 
 
 def rounded(x):

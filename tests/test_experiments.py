@@ -408,6 +408,24 @@ def test_steps_that_are_timed_on_a_gpu(monkeypatch):
         assert 0 < row["seconds"] * gpu.STEPS / 2 < time.perf_counter() - began and row["waits"] == gpu.STEPS
 
 
+def test_the_figures_of_a_gpu_go_on_where_they_were(monkeypatch, tmp_path, capsys):
+    """Rows that the file has are not measured again, and another device's file stays as it is."""
+    file, measured = tmp_path / "gpu.json", []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu, "measure", lambda row: {"row": row, "seconds": len(measured.append(row) or measured)})
+    monkeypatch.setattr(gpu, "ROWS", gpu.ROWS[:2])
+    assert not call(monkeypatch, gpu.main, "gpu.py", "--out", file)
+    monkeypatch.setattr(gpu, "ROWS", [("1.3B", True, True, False), *gpu.ROWS])
+    assert not call(monkeypatch, gpu.main, "gpu.py", "--out", file)
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["seconds"] for row in rows] == [1, 2, 3] and [tuple(row["row"]) for row in rows] == measured
+    before = file.read_text()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    assert call(monkeypatch, gpu.main, "gpu.py", "--out", file) == 2 and file.read_text() == before
+    assert "another device" in capsys.readouterr().err and len(measured) == 3
+
+
 def test_what_was_timed_on_a_gpu(monkeypatch):
     """The page has the figures of the file: tokens per second, the share of 989 TFLOP/s, and the memory."""
     monkeypatch.setattr(gpu.cost, "memory", lambda *_: {"all": 0})  # the dry runs take minutes
