@@ -233,7 +233,7 @@ def weights_figure(run: Metrics) -> Figure:
     if most and growth[most] > 1.005:
         excess = {d: np.nanmean([0, *series(run.evals, "loss", d) - series(run.evals, "reference", d)]) for d in q}
         behind = "falls behind and " if excess[most] == max(excess.values()) > 0 else ""
-        text = f"{shorten(most, 18)} {behind}gets {share[most]:.3g} % of the batches"
+        text = f"{shorten(most, 18)} {behind}gets {share[most]:.3g} % of all batches"
         text += f", {growth[most]:.2f} times its first share"
     heading(fig, run, text)
     text = f"{run.info.get('schedule')} schedule"

@@ -6,7 +6,7 @@
         --domain_field meta.redpajama_set_name                           # a field of each jsonl line names the domain
 
 A document is a .txt file, a line {"text": ...} of a .jsonl or .json file (which may end in .gz or .zst), or a row of
-a .parquet file. Of documents that are exactly equal, one is kept (see `Seen`). On disk, a document is the token bos (if
+a .parquet file. Of documents that are exactly equal, one is kept. On disk, a document is the token bos (if
 the tokenizer has one), the tokens of its text, and the token eot.
 
 A hash of a document's text decides its side: it belongs to train or to the held-out pool, never to both. The tokens of
@@ -388,7 +388,7 @@ def warnings_about(shares: dict[str, float | None]) -> list[str]:
 
 def make_parser() -> Parser:
     """The command line; each option is an argument of prepare()."""
-    parser = Parser(__doc__, usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(__doc__, usage=argparse.SUPPRESS)
     parser.add_argument("source", metavar="SOURCE", help="A folder of text, or the word installed.")
     parser.add_argument("--out", metavar="data/NAME", help="The folder of the data set to make.")
     parser.add_argument(

@@ -310,7 +310,7 @@ def report(schedules: list[str]) -> None:
 
 def main():
     global OUT, DOCS
-    parser = Parser(__doc__, allow_abbrev=False)  # "--schedule=dro --rho=1" is a schedule
+    parser = Parser(__doc__)
     parser.add_argument("case", nargs="?", choices=CASES)
     parser.add_argument("--seeds", type=int, nargs="+", help="how many, or the first and the last; default: the case's")
     parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, help="default: the case's")

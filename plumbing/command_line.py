@@ -147,11 +147,11 @@ def one_line(text: str, length: int = 80) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake raised as ValueError, for `user_errors`, and the nearest option named. The description
-    is printed as it is, unless a formatter_class says otherwise."""
+    """argparse, with a mistake raised as ValueError, for `user_errors`, and the nearest option named. Options are
+    given whole. The description is printed as it is, unless a formatter_class says otherwise."""
 
     def __init__(self, description: str, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
-        super().__init__(description=description, formatter_class=formatter_class, **options)
+        super().__init__(description=description, formatter_class=formatter_class, allow_abbrev=False, **options)
 
     def error(self, message: str):
         """Raise instead of printing usage and exiting."""
@@ -320,7 +320,8 @@ def coerce(value: Any, kind: type) -> Any:
     if kind is str and type(value) is str and value.startswith("~/"):
         return os.path.expanduser(value)
     if type(value) is not kind:
-        raise ValueError(f"{one_line(repr(value))} is {_named(type(value))}, {_named(kind)} is needed")
+        example = {list: ", such as ['code', 'prose']", dict: ", such as {'code': .6, 'prose': .4}"}.get(kind, "")
+        raise ValueError(f"{one_line(repr(value))} is {_named(type(value))}, {_named(kind)} is needed{example}")
     if kind is str:
         check_utf8(value)
     return value
@@ -352,7 +353,7 @@ def load(cls: type, args: list[str]) -> Any:
         try:
             values[key] = coerce(read(), known[key].kind)
         except ValueError as error:
-            problems.append(f"{where}: {key}: {error}")
+            problems.append(f"{where}: {error}")
 
     def unknown(where: str, key: str):
         near = difflib.get_close_matches(key, known, n=1)
@@ -373,7 +374,7 @@ def load(cls: type, args: list[str]) -> Any:
         else:
             for where, key, node in read_config(Path(arg), problems):
                 if key in known:
-                    put(where, key, partial(literal, node))
+                    put(f"{where}: {key}", key, partial(literal, node))
                 else:
                     unknown(where, key)
     for key, text in vars(given).items():  # what is given by hand wins
@@ -406,7 +407,7 @@ def with_values(args: list[str], known: dict[str, Field]) -> list[str]:
 def parser_of(cls: type, known: dict[str, Field]) -> Parser:
     """The parser of the settings of `cls`: its `--help` is their documentation."""
     title, _, usage = cls.__doc__.partition("\n")
-    parser = Parser(usage, argparse.HelpFormatter, usage=title, allow_abbrev=False)
+    parser = Parser(usage, argparse.HelpFormatter, usage=title)
     group = parser
     for name, field in known.items():
         if field.group:

@@ -25,9 +25,12 @@ def open_data(s: Settings) -> TokenData:
     evaluated."""
     data = TokenData(s.data, s.domains or None)
     for name, given in (("ratio", s.ratio), ("reference_losses", s.reference_losses)):
-        if given and set(given) != set(data.domains):
+        lacks, others = [d for d in data.domains if d not in given], [d for d in given if d not in data.domains]
+        if given and (lacks or others):
+            wrong = [f"{what} {', '.join(names)}" for what, names in (("lacks", lacks), ("names", others)) if names]
+            hint = "; --ratio={} takes their shares of the tokens" if name == "ratio" else ""
             raise ValueError(
-                f"{name} must name the domains {', '.join(data.domains)}, not {', '.join(map(str, given))}"
+                f"{name} must name the domains {', '.join(data.domains)}, but it {' and '.join(wrong)}{hint}"
             )
     for domain in data.domains:
         data.eval_numbers(domain, "val", s.seq_len)  # raises where there is too little text

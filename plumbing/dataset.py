@@ -84,10 +84,12 @@ class TokenData:
         self.path = Path(path)
         file = self.path / "meta.json"
         if not file.is_file():
-            raise ValueError(
-                f"{self.path}: no data set there (no meta.json); first run "
-                f"`python prepare_data.py installed --out {self.path}`, or with a folder of text for installed"
-            )
+            near = sorted(str(f.parent) for p in (self.path, self.path.parent) for f in p.glob("*/meta.json"))
+            make = f"prepare_data.py installed --out {self.path}`, or with a folder of text for installed"
+            if self.path.is_dir():
+                make = f"prepare_data.py {self.path} --out data/NAME`, if it is a folder of text"
+            there = f"; there are {', '.join(near)}" if near else ""
+            raise ValueError(f"{self.path}: no data set there (no meta.json){there}; first run `python {make}")
         self.meta = records.read(file, records.Meta, "a data set's description")
         self.tokenizer, self.vocab_size, self.eot = (self.meta[k] for k in ("tokenizer", "vocab_size", "eot"))
         self.fingerprint = self.meta["tokenizer_fingerprint"]

@@ -37,7 +37,7 @@ def folder_files(folder: Path, domain_field: str | None, left_out: LeftOut) -> l
         raise ValueError(f"{folder}: no such folder; SOURCE is a folder of text, or the word installed")
     if domain_field:
         files = [File(None, path) for path in text_files(folder, TABLES, left_out)]
-        layout = ""
+        where = ""
     else:
         files = []
         for top in sub_folders(folder, left_out):
@@ -46,12 +46,12 @@ def folder_files(folder: Path, domain_field: str | None, left_out: LeftOut) -> l
             files += [File(top.name, path, cut) for path in paths]
             if not paths:
                 print(f"{top}: left out, it holds no {', '.join(TEXT)} file")
-        layout = (
-            ": make a sub-folder of such files for each domain, or give --domain_field if each line names its domain. "
-            "Other text, such as source code, goes into .txt files"
+        where = (
+            " in a sub-folder: make a sub-folder of such files for each domain, or give --domain_field if each line "
+            "names its domain. Other text, such as source code, goes into .txt files"
         )
     if not files:
-        raise ValueError(f"{folder}: no {', '.join(TABLES if domain_field else TEXT)} files{layout}")
+        raise ValueError(f"{folder}: no {', '.join(TABLES if domain_field else TEXT)} files{where}")
     for file in files:
         package = NEEDS.get(file.path.suffix.lower())
         if package and importlib.util.find_spec(package) is None:

@@ -61,7 +61,7 @@ class Meter:
         if (step := int(self.bad_step)) >= 0:
             mine = [d for d, x in zip(domains, self.sums[0].tolist()) if not math.isfinite(x)]
             bad = [f"{d} in process {i}" for i, found in enumerate(parallel.gather(mine)) for d in found]
-            where = f"cross entropy of domain {', '.join(bad)}" if bad else "constraint or gradient"
+            where = f"cross entropy of domain {', '.join(bad)}" if bad else "gradient"
             give_up(f"step {step}: the {where} is not finite; from this step on nothing was updated")
 
 
@@ -145,6 +145,9 @@ class Log:
             )
         if s.schedule == "dro" and s.dynamic_ratio and np.ptp(mixture.initial) == 0:
             say("note: all domains have equal shares, so dynamic_ratio has no effect: its bounds leave no room (3.3)")
+        if self.run.state is None and None not in mixture.state["reference"]:
+            losses = zip(mixture.domains, mixture.state["reference"])
+            say("reference losses: " + "  ".join(f"{domain} {loss:.3f}" for domain, loss in losses))
 
     def begin(self) -> None:
         """The first line: what kind of run this is. It comes again where a run goes on with other settings."""

@@ -231,7 +231,8 @@ class Run:
     def _refuse(self, changed: dict[str, tuple]) -> None:
         if changed:
             what = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in changed.items())
-            raise ValueError(f"{self.path} was started with other settings, choose another --out: {what}")
+            hint = f", with --resume {self.path} to go on from here" if self.checkpoint else ""
+            raise ValueError(f"{self.path} was started with other settings, choose another --out{hint}: {what}")
 
     @property
     def new_references(self) -> bool:

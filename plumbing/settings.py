@@ -255,8 +255,8 @@ class Settings:
             end, what = (self.settle_at, "settle_at") if self.settle_at else (self.steps, "steps")
             if self.sparsity_warmup >= end:
                 wrong.append(
-                    f"sparsity_warmup = {self.sparsity_warmup} must be below {what} = {end}: the target "
-                    "sparsity is reached after these steps"
+                    f"sparsity_warmup = {self.sparsity_warmup} must be below {what} = {end}: with a target shape and "
+                    "gates = 'learned', the target sparsity is reached after these steps"
                 )
             if self.fade and not self.settle_at:
                 wrong.append(f"fade = {self.fade} needs settle_at, the step at which the choice is fixed")

@@ -203,7 +203,7 @@ def test_weights_title_says_who_gained_and_whose_text_was_used_again(tmp_path):
         e |= {"loss": {"a": 2.0 + 0.1 * (i % 2), "b": 1.0}, "reference": {"a": 1.9, "b": 0.99}}
     lines[-2]["epochs"] = {"a": 0.9, "b": 1.37}
     fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))
-    assert fig.get_suptitle() == "run: a falls behind and gets 40 % of the batches, 1.60 times its first share"
+    assert fig.get_suptitle() == "run: a falls behind and gets 40 % of all batches, 1.60 times its first share"
     assert fig.axes[0].get_title("left") == "dro schedule; the text of b has been used 1.37 times"
     first, *_, last = evals(lines)  # a mixture counts for as many steps as it was in force
     first["weights"] = {"a": 0.7, "b": 0.3}
