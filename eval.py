@@ -190,7 +190,8 @@ def main():
     # As in training, the weights stay float32. One context for each model: bfloat16 copies live as long as it does.
     precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     if args.sample is not None:
-        print_samples(models, tokenizer, start, ids, args, precision)
+        with user_errors(FloatingPointError):
+            print_samples(models, tokenizer, start, ids, args, precision)
         return
     report = {"data": args.data, "split": None if args.questions else args.split, "dtype": args.dtype}
     if args.asking:
@@ -263,11 +264,14 @@ def encode_sample(args: argparse.Namespace, tokenizer: Tokenizer, models: dict[s
 
 
 def print_samples(models: dict[str, Llama], tokenizer: Tokenizer, start: list, ids: list, args, precision) -> None:
-    """The text of --sample as each model continues it."""
+    """The text of --sample as each model continues it. FloatingPointError names a model whose logits are not finite."""
     for path, model in models.items():
         prompt = torch.tensor([start + ids], device=model.embed_tokens.weight.device)
-        with precision():
-            out = model.generate(prompt, args.tokens, args.temperature, args.seed)[0].tolist()
+        try:
+            with precision():
+                out = model.generate(prompt, args.tokens, args.temperature, args.seed)[0].tolist()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{path}: {error}") from None
         print(f"--- {path}\n{tokenizer.decode(out[len(start) :])}")
 
 

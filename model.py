@@ -334,12 +334,15 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, n: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
-        """tokens (B, T) -> (B, T + n): n more tokens, sampled, or always the most likely one where temperature is 0."""
+        """tokens (B, T) -> (B, T + n): n more tokens, sampled, or always the most likely one where temperature is 0.
+        FloatingPointError where the logits are not finite."""
         generator = torch.Generator(tokens.device).manual_seed(seed)
         cache = [KVCache() for _ in self.layers]
         new = tokens
         for _ in range(n):
             logits = self(new, cache=cache)[:, -1].float()
+            if not logits.isfinite().all():
+                raise FloatingPointError("the logits are not finite")
             if temperature > 0:
                 new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
             else:

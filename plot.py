@@ -220,7 +220,7 @@ def weights_figure(run: Metrics) -> Figure:
         ax.minorticks_off()
     ax.yaxis.set_major_formatter("{x:g}")
     ax.autoscale_view()
-    texts = {d: f"{shorten(d, 18)}  {q[d][-1]:#.3g} %" for d in q}
+    texts = {d: f"{shorten(d, 18)}  {format(q[d][-1], '#.3g').rstrip('.')} %" for d in q}
     label_ends(ax, {d: q[d][-1] for d in q}, texts, look, size=min(14, 330 / len(q)))
     entries = [entry("data weight q", **RAW), entry("running mean"), entry("reference ratio p", ls=":", lw=1.5)]
     legend(fig, [*entries, *draw_timeline(ax, run)])
@@ -230,7 +230,9 @@ def weights_figure(run: Metrics) -> Figure:
     growth = {d: share[d] / p[d][0] for d in run.domains if p[d][0] > 0}
     most = max(growth, key=growth.get, default=None)
     text = "every domain keeps its share of the batches"
-    if most and growth[most] > 1.005:
+    if most and growth[most] <= 1.005:  # nobody gained: has somebody lost?
+        most = min(growth, key=growth.get)
+    if most and abs(growth[most] - 1) > 0.005:
         excess = {d: np.nanmean([0, *series(run.evals, "loss", d) - series(run.evals, "reference", d)]) for d in q}
         behind = "falls behind and " if excess[most] == max(excess.values()) > 0 else ""
         text = f"{shorten(most, 18)} {behind}gets {share[most]:.3g} % of all batches"

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from plumbing import records
 from plumbing.command_line import Parser, check_utf8, command, user_errors
-from plumbing.dataset import SPLITS, TokenData, check_domains
+from plumbing.dataset import SPLITS, TokenData, check_domains, wrong_name
 from plumbing.documents import read_file
 from plumbing.folder import File, folder_files
 from plumbing.installed import INSTALLED_MB, installed_files, read_installed
@@ -253,8 +253,10 @@ def prepare(
     check_arguments(installed, workers, held_out, window, seed, max_mb, domain_field)
     out, encoder = Path(out), load_tokenizer(tokenizer)
     check_utf8(encoder.name, "--tokenizer ")  # meta.json will have these
-    for name in [*(domains or []), domain_field or ""]:
-        check_utf8(name)
+    check_utf8(domain_field or "")
+    for name in domains or []:
+        if why := wrong_name(name):
+            raise ValueError(f"--domains: {name!r} is no domain's name, {why}")
     folder = Path(source).resolve()
     options = {
         "source": source if installed else os.fsencode(folder).decode(errors="replace"),

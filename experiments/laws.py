@@ -291,6 +291,8 @@ def main():
     os.chdir(ROOT)
     with user_errors():
         args = parser.parse_args()
+        if args.jobs < 1:
+            raise ValueError("--jobs must be above 0")
         if args.what == "report" and not (found := histories()):
             raise ValueError(f"no histories in {OUT} or {COMPARE}: run experiments/compare.py or `record` first")
     if args.what == "record":

@@ -291,9 +291,11 @@ class Run:
         step = {"the step of its newest checkpoint": self.state["step"] if self.state else None}
         bound = {k: v for k, v in self.settings.items() if k not in OF_A_MACHINE | KNOWN_BY_CONTENT}
         mine = bound | {f"the content of {name}": digest for name, digest in self.digests.items()} | step
-        for what, first in parallel.from_first(mine).items():
-            if mine[what] != first:
-                raise ValueError(f"process {parallel.rank()}: {what} is {mine[what]!r}, and {first!r} in process 0")
+        first = parallel.from_first(mine)
+        for what in sorted(first.keys() | mine.keys()):  # the content of a model is known where there is one
+            here, there = mine.get(what), first.get(what)
+            if here != there:
+                raise ValueError(f"process {parallel.rank()}: {what} is {here!r}, and {there!r} in process 0")
 
     def open(self) -> None:
         """Make the directory and open the logs: everything was found to be right. From now on SIGTERM, Ctrl-C and a

@@ -254,6 +254,19 @@ def test_a_sample_ends_where_the_model_ends(chain, tiny_data, monkeypatch, capsy
         assert "the models take 64 at most" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_sample_of_no_numbers_is_told(temperature, chain, tiny_data, tmp_path, monkeypatch, capsys):
+    """All weights are finite, and the logits are not."""
+    model = Llama.from_pretrained(chain[0]["pretrain"] / "model")
+    with torch.no_grad():
+        model.norm.weight.mul_(1e38)
+        model.lm_head.weight.mul_(1e10)
+    model.save_pretrained(tmp_path / "m")
+    more = "--sample=the cat", f"--temperature={temperature}"
+    assert run(monkeypatch, tmp_path / "m", f"--data={tiny_data}", *more) == 2
+    assert capsys.readouterr().err == f"eval.py: {tmp_path / 'm'}: the logits are not finite\n"
+
+
 def test_a_sample_continues_the_text(chain, tiny_data, monkeypatch, capsys):
     args = (chain[0]["pretrain"], f"--data={tiny_data}", "--sample", "the cat", "--tokens=30")
     assert run(monkeypatch, *args) == 0

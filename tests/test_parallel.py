@@ -224,6 +224,16 @@ def test_processes_with_other_settings_do_not_train_together(setting, values, pr
     assert done.stderr == f"train.py: process 1: {setting} is {values[1]}, and {values[0]} in process 0\n"
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_without_the_source_does_not_train_along(who, pruning, tiny_data, tmp_path):
+    [source] = [arg.removeprefix("--init_from=") for arg in pruning[0] if arg.startswith("--init_from=")]
+    values = ("", source) if who else (source, "")
+    shape = [*SHAPE, "--n_kv_head=2", "--tie_embeddings=True", f"--data={tiny_data}"]
+    done = fresh(with_its_own, "init_from", values, *shape, f"--out={tmp_path / 'x'}", n=2)
+    assert done.returncode == 2 and not (tmp_path / "x").exists()
+    assert "process 1: the content of init_from is " in done.stderr and done.stderr.count("\n") == 1
+
+
 def with_its_own_data(mine, theirs, *args):
     script("train.py", *args, f"--data={theirs if os.environ['RANK'] == '1' else mine}")
 

@@ -210,15 +210,19 @@ def test_weights_title_says_who_gained_and_whose_text_was_used_again(tmp_path):
     few = [line for line in lines if line["type"] != "eval" or line in (first, last) or line["step"] == 100]
     assert (first["step"], last["step"]) == (10, 200)
     fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", few)))
-    assert "gets 54.2 % of the batches" in fig.get_suptitle()
+    assert "gets 54.2 % of all batches" in fig.get_suptitle()
     few = [line for line in lines if line["type"] != "eval" or line in (first, last) or line["step"] == 20]
     fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", few)))
-    assert "gets 41.6 % of the batches" in fig.get_suptitle()
+    assert "gets 41.6 % of all batches" in fig.get_suptitle()
     for e in evals(lines):
         e["weights"], e["epochs"] = {"a": 0.25, "b": 0.75}, {"a": 0.1, "b": 0.4}
     fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))
     assert fig.get_suptitle() == "run: every domain keeps its share of the batches"
     assert fig.axes[0].get_title("left") == "dro schedule"
+    for e in evals(lines):  # from so much nobody can gain much
+        e["weights"], e["ratio"] = {"a": 0.001, "b": 0.999}, {"a": 0.004, "b": 0.996}
+    fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))
+    assert fig.get_suptitle() == "run: a falls behind and gets 0.1 % of all batches, 0.25 times its first share"
 
 
 @pytest.mark.parametrize(
