@@ -511,7 +511,7 @@ def test_mistakes_about_models_and_runs(chain, tiny_data, tmp_path, monkeypatch,
             "there is nothing to prune",
         ),
         ([*args["prune"], f"--out={tmp_path / 'x'}", "--seq_len=128"], "was made for 64 tokens at most"),
-        ([*args["prune"], "--lr=1.0"], "started with other settings, choose another --out: lr was 0.003, now 1.0"),
+        ([*args["prune"], "--lr=1.0"], f"--resume {out['prune']} to go on from here: lr was 0.003, now 1.0"),
         ([*args["prune"], "--resume=never"], "holds a run already"),
     ]
     for wrong, words in cases:
