@@ -93,7 +93,7 @@ class Case:
 
     def answers(self, seed: int, *names: str) -> dict:
         """What a run answers to two-choice questions, by domain."""
-        return judged(out := self.at(seed, *names), out / "answers.json", self.data, "--continuation")
+        return judged(self.at(seed, *names), self.at(seed, *names) / "answers.json", self.data, "--continuation")
 
 
 DEMO = dict(zip(["cpp", "python", "docstrings", "comments", "formulas", "manuals", "stubs"], SHARES))

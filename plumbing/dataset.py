@@ -84,7 +84,7 @@ class TokenData:
         self.path = Path(path)
         file = self.path / "meta.json"
         if not file.is_file():
-            near = sorted(str(f.parent) for p in (self.path, self.path.parent) for f in p.glob("*/meta.json"))
+            near = sorted({str(f.parent) for p in (self.path, self.path.parent) for f in p.glob("*/meta.json")})
             make = f"prepare_data.py installed --out {self.path}`, or with a folder of text for installed"
             if self.path.is_dir():
                 make = f"prepare_data.py {self.path} --out data/NAME`, if it is a folder of text"

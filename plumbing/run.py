@@ -231,7 +231,8 @@ class Run:
     def _refuse(self, changed: dict[str, tuple]) -> None:
         if changed:
             what = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in changed.items())
-            hint = f", with --resume {self.path} to go on from here" if self.checkpoint else ""
+            own = self.checkpoint and self.origin == self.path
+            hint = f", with --resume {self.path} to go on from here" if own else ""
             raise ValueError(f"{self.path} was started with other settings, choose another --out{hint}: {what}")
 
     @property
