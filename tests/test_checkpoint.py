@@ -89,7 +89,13 @@ def test_a_run_goes_on_with_other_settings_elsewhere(chain, tmp_path, monkeypatc
     assert "changed" not in first and second["changed"]["lr"] == {"was": 3e-3, "now": 1e-3}
     assert metrics(tmp_path / "x", "train")[-1]["lr"] == pytest.approx(1e-4, rel=0.1)
     assert run(monkeypatch, *mine, *other, "--lr=1e-4") == 2  # where it has a run of its own, all stays
-    assert "started with other settings" in capsys.readouterr().err
+    assert f"started with other settings, choose another --out, with --resume {tmp_path}" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "x", tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoints", "model"))
+    begun = [f"--out={tmp_path / 'begun'}" if a.startswith("--out=") else a for a in mine]
+    config = tmp_path / "begun/config.json"
+    config.write_text(config.read_text().replace(str(tmp_path / "x"), str(tmp_path / "begun")))
+    assert run(monkeypatch, *begun, *other, "--lr=1e-4") == 2  # and where it has no checkpoint, none is named
+    assert "started with other settings, choose another --out: lr was" in capsys.readouterr().err
     shape = [a for a in mine if not a.startswith("--out=")] + [f"--out={tmp_path / 'y'}", f"--resume={origin}"]
     assert run(monkeypatch, *shape, f"--init_from={out['prune']}", "--target_n_layer=1", "--target_d_ffn=16") == 2
     assert "is not what" in capsys.readouterr().err and not (tmp_path / "y").exists()
