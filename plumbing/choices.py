@@ -29,6 +29,7 @@ from plumbing import randomness, records
 Scores = Gates  # the same fields and shapes; a score may be any number, and the higher are kept
 WITH_TEXT = ("activation", "taylor")
 OF_MODEL = ("magnitude", *WITH_TEXT)  # those that look at the weights
+NAMES = ("learned", "random", *OF_MODEL)  # anything else is a file
 CHOSEN = 100.0  # log_alpha of what is kept: above all that are learned, and its gates are 1 to the last digit
 
 
@@ -62,7 +63,7 @@ def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], se
     try:
         return scores_of(masks, records.read(Path(gates), records.Pruning, "a pruning.json"))
     except OSError as error:
-        names = "learned, random, magnitude, activation, taylor"
+        names = ", ".join(NAMES)
         raise ValueError(f"gates = '{gates}': neither one of {names} nor a file: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"gates = '{gates}': not a pruning.json for this source and target ({error})") from None

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from masks import check_target
+from masks import PruningMasks, check_target
 from model import LOGITS_AT_ONCE, Llama, LlamaConfig, read_config
 from plumbing import choices, parallel
 from plumbing.command_line import load
@@ -388,6 +388,10 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     trained = source if cut_at else target
     if (need := least(trained, 1, s.seq_len, MOST_GPUS)) > total:  # the numbers may be beyond what torch can count, too
         raise ValueError(f"it does not fit: {MOST_GPUS:,} GPUs would need more than {readable(need)} each")
+    if target and s.gates not in choices.NAMES:
+        with torch.device("meta"):
+            masks = PruningMasks(source, target, 0)
+        choices.scores(s.gates, masks, None, [], s.seed)  # is there such a file, and is it of these shapes?
 
     work, train_flops = work_of(s, source), flops_per_token(trained, s.seq_len)
     recomputed = flops_per_token(trained, s.seq_len, backward=False) if s.activation_checkpointing else 0.0

@@ -324,6 +324,7 @@ TABLE = [
     ("a run that is half done", "train --init_from=out/half", None, "this run is not finished"),
     ("gates of no file", "prune --gates=none.json", None, "gates = 'none.json': neither one of learned, random"),
     ("gates of a folder", "prune --gates=out", None, "gates = 'out': neither one of learned, random"),
+    ("a dry run of them", "prune --gates=activatoin --dry_run", None, "neither one of learned, random"),
     ("a run of other settings", "resume --lr=1.0", None, "was started with other settings"),
     ("the same, with the way on", "resume --lr=1.0", None, "another --out, with --resume out/half to go on from here"),
     ("a run that is there", "resume --resume=never", None, "holds a run already"),
