@@ -39,7 +39,7 @@ from dro import Mixture, Point, dro_weights  # noqa: E402
 from masks import PruningMasks  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 from plumbing import checkpoint, products  # noqa: E402
-from plumbing.command_line import Parser, user_errors  # noqa: E402
+from plumbing.command_line import Parser, number, user_errors  # noqa: E402
 from plumbing.cost import flops_per_token  # noqa: E402
 from plumbing.data import BatchReader, TokenData  # noqa: E402
 from plumbing.output import flush  # noqa: E402
@@ -314,14 +314,12 @@ PARTS = {name.removeprefix("bench_"): part for name, part in globals().items() i
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of all steps")
-    parser.add_argument("--mb", type=float, default=64, help="text for prepare_data, in 10^6 bytes")
+    parser.add_argument("--rounds", type=number(int, 1), default=30, help="rounds of all steps")
+    parser.add_argument("--mb", type=number(float, 1), default=64, help="text for prepare_data, in 10^6 bytes")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts and no others")
     parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
     with user_errors():
         args = parser.parse_args()
-        if args.rounds < 1 or args.mb <= 0:
-            raise ValueError("--rounds must be at least 1, --mb above 0")
     torch.set_num_threads(2)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

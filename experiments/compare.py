@@ -30,7 +30,7 @@ from runs import ON_GPU, ROOT, demo_text, each, judged, test_losses, train
 from scipy import stats
 
 from plot import COLORS, STYLE, new_figure, read_metrics
-from plumbing.command_line import Parser, load, user_errors
+from plumbing.command_line import Parser, load, number, user_errors
 from plumbing.data import TokenData
 from plumbing.output import write_whole
 from train import Settings
@@ -315,7 +315,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", help="how many, or the first and the last; default: the case's")
     parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, help="default: the case's")
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), help="names, or settings of train.py")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=number(int, 1), default=2, help="runs at a time, one thread each")
     parser.add_argument("--data", metavar="DIR", help="another data set, as prepare_data.py makes it")
     parser.add_argument("--ratio", default="{}", help="its skewed mixture")
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -327,8 +327,8 @@ def main():
             raise ValueError(f"which case? One of {', '.join(CASES)}, or --report")
         seeds = args.seeds or [case.seeds if case else 1]
         first, last = seeds if len(seeds) == 2 else (0, seeds[0] - 1)
-        if len(seeds) > 2 or not 0 <= first <= last or args.jobs < 1:
-            raise ValueError("--seeds and --jobs must be above 0")
+        if len(seeds) > 2 or not 0 <= first <= last:
+            raise ValueError("--seeds takes how many, above 0, or the first and the last")
         if args.ratio != parser.get_default("ratio") and not args.data:
             raise ValueError("--ratio needs --data")
         for schedule in args.schedules:

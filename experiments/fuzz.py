@@ -10,7 +10,6 @@ than ten seconds of CPU time. The first failure at each place in the code is pri
 a kind follows from the seed alone. The exit status is 1 if anything failed.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -31,7 +30,7 @@ import tokenizers  # noqa: E402
 import plot  # noqa: E402
 import train  # noqa: E402
 from model import Llama  # noqa: E402
-from plumbing.command_line import load  # noqa: E402
+from plumbing.command_line import Parser, load, number, user_errors  # noqa: E402
 from plumbing.continuation import read_questions  # noqa: E402
 from plumbing.data import TokenData  # noqa: E402
 from plumbing.documents import read_file  # noqa: E402
@@ -65,8 +64,8 @@ def examples(top: Path) -> dict:
     for name, more in (("source", []), ("run", [*PRUNE, "--eval_interval=1", f"--init_from={top / 'source'}"])):
         sys.argv = [*TRAIN, *more, "--steps=16", "--threads=1", f"--data={top / 'data'}", f"--out={top / name}"]
         train.main()
-    for number in (signal.SIGINT, signal.SIGTERM):  # a run would end at its next step; this is to end at once
-        signal.signal(number, signal.default_int_handler)
+    for which in (signal.SIGINT, signal.SIGTERM):  # a run would end at its next step; this is to end at once
+        signal.signal(which, signal.default_int_handler)
     model, run, bpe = top / "source" / "model", top / "run", tokenizers.Tokenizer(tokenizers.models.BPE())
     Llama.from_pretrained(model).save_pretrained(top / "shards", max_shard_bytes=9000)
     (top / "tokenizer").mkdir()
@@ -160,19 +159,22 @@ def late(*_):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=200_000, help="Inputs, over all kinds.")
+    parser = Parser(__doc__)
+    parser.add_argument("--n", type=number(int, 1), default=200_000, help="Inputs, over all kinds.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", nargs="+", help="Only these kinds.")
-    args = parser.parse_args()
+    with user_errors():
+        args = parser.parse_args()
     signal.signal(signal.SIGPROF, late)
     warnings.simplefilter("ignore")
     failures, total, saved = Counter(), 0, ROOT / "out" / "fuzz"
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
-            known = examples(Path(folder))
+            given, known = sys.argv, examples(Path(folder))
+        sys.argv = given
         if wrong := set(args.kind or ()) - known.keys():
-            parser.error(f"--kind {wrong.pop()} is not one of {', '.join(known)}")
+            with user_errors():
+                raise ValueError(f"--kind {wrong.pop()} is not one of {', '.join(known)}")
         kinds = {kind: it for kind, it in known.items() if not args.kind or kind in args.kind}
         for kind, (files, read) in kinds.items():
             read()  # what is not damaged is accepted

@@ -31,7 +31,7 @@ from experiments.bench import CONFIG, take_turns, time_schedule, time_weights  #
 from model import Llama, LlamaConfig  # noqa: E402
 from plot import STYLE, new_figure  # noqa: E402
 from plumbing import cost  # noqa: E402
-from plumbing.command_line import Parser, user_errors  # noqa: E402
+from plumbing.command_line import Parser, number, user_errors  # noqa: E402
 from plumbing.data import BatchReader, TokenData  # noqa: E402
 from plumbing.dataset import FORMAT, SPLITS  # noqa: E402
 from plumbing.settings import Settings  # noqa: E402
@@ -116,13 +116,11 @@ def measure(rounds: int) -> dict[str, tuple]:
 def main():
     parts = measure(1)
     parser = Parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="calls of which the median is taken")
+    parser.add_argument("--rounds", type=number(int, 1), default=5, help="calls of which the median is taken")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="these parts and no others")
     parser.add_argument("--out", default="docs/performance", help="folder of growth.png")
     with user_errors():
         args = parser.parse_args()
-        if args.rounds < 1:
-            raise ValueError("--rounds must be at least 1")
         Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
     parts = measure(args.rounds)

@@ -22,6 +22,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from plumbing.command_line import Parser, number, user_errors  # noqa: E402
+from plumbing.output import check_output, write_whole  # noqa: E402
+
 OUT, DATA, RESULTS = Path("out/kill"), Path("data/kill"), "docs/kill/results.json"
 SOURCE = "--n_layer=3 --d_model=32 --n_head=4 --d_ffn=48 --lr=3e-3 --steps=60 --eval_interval=60".split()
 COMMON = "--seq_len=64 --batch_size=4 --threads=1 --eval_sequences=2 --log_interval=3 --save_interval=1".split()
@@ -140,13 +145,15 @@ def campaign(args: argparse.Namespace, starter: str, stage: str, rng: random.Ran
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=15, help="of each of the four runs")
+    parser = Parser(__doc__)
+    parser.add_argument("--kills", type=number(int, 1), default=15, help="of each of the four runs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--longest", type=float, default=0.5, help="seconds of training after which it is killed")
-    parser.add_argument("--steps", type=int, default=600, help="of each run")
+    parser.add_argument("--longest", type=number(float, 0), default=0.5, help="seconds that it trains at most")
+    parser.add_argument("--steps", type=number(int, 1), default=600, help="of each run")
     parser.add_argument("--json", default=RESULTS, help="the file for the results")
-    args, args.settings = parser.parse_known_args()
+    with user_errors():
+        args, args.settings = parser.parse_known_args()
+        check_output(ROOT / args.json)
     rng, quiet = random.Random(args.seed), {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     if not (ROOT / DATA / "meta.json").exists():
@@ -158,7 +165,7 @@ def main():
         results[starter] = {stage: campaign(args, starter, stage, rng) for stage in ("prune", "continue")}
     file = ROOT / args.json
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(file, json.dumps(results, indent=1) + "\n")
     sys.exit(any(of_stage["different"] for starter in STARTERS for of_stage in results[starter].values()))
 
 

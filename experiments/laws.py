@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 from compare import CASES, PAPER  # noqa: E402
 
-from plumbing.command_line import Parser, user_errors  # noqa: E402
+from plumbing.command_line import Parser, number, user_errors  # noqa: E402
 from plumbing.metrics import read_metrics  # noqa: E402
 from plumbing.output import write_whole  # noqa: E402
 from scaling_law import FitError, fit_together  # noqa: E402
@@ -287,12 +287,10 @@ def main():
         return watch(*sys.argv[2:])
     parser = Parser(__doc__)
     parser.add_argument("what", nargs="?", choices=["record", "report"], default="report")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=number(int, 1), default=2, help="runs at a time, one thread each")
     os.chdir(ROOT)
     with user_errors():
         args = parser.parse_args()
-        if args.jobs < 1:
-            raise ValueError("--jobs must be above 0")
         if args.what == "report" and not (found := histories()):
             raise ValueError(f"no histories in {OUT} or {COMPARE}: run experiments/compare.py or `record` first")
     if args.what == "record":

@@ -34,7 +34,7 @@ import numpy as np
 from runs import ON_GPU, ROOT, demo_text, each, test_losses, train
 
 from plot import COLORS, STYLE, new_figure
-from plumbing.command_line import Parser, user_errors
+from plumbing.command_line import Parser, number, user_errors
 from plumbing.metrics import read_metrics
 from plumbing.output import write_whole
 
@@ -133,8 +133,8 @@ def run(name: str, row: str, seed: int) -> None:
 def main():
     parser = Parser(__doc__)
     parser.add_argument("scale", choices=SCALES)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=number(int, 1), default=3)
+    parser.add_argument("--jobs", type=number(int, 1), default=2, help="runs at a time, one thread each")
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, metavar="ROW")
     os.chdir(ROOT)
     with user_errors():
@@ -145,8 +145,6 @@ def main():
 def compare(args: argparse.Namespace) -> None:
     """All runs of some rows, their test losses, the table and the figure."""
     scale = SCALES[args.scale]
-    if args.seeds < 1 or args.jobs < 1:
-        raise ValueError("--seeds and --jobs must be above 0")
     demo_text(scale.data)
     if args.scale == "toy":  # its source learns for longer than the demo's
         configs = ("config/toy_pretrain.py", "config/paper.py")
