@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import least_squares
-from scipy.stats import kendalltau
+import scipy  # which loads optimize and stats when they are used: a second
 
 MIN_POINTS = 5  # one more than eq. 4 has parameters: below, a fit is impossible (dro.py asks for more)
 LARGEST = 1e12  # larger losses, or tokens or parameters further apart, are no measurements, and their powers overflow
@@ -124,7 +123,7 @@ def fit_together(tokens, losses, params=None, rates=None, tokens_end=None) -> li
         if not np.isfinite([*theta, *miss]).all():
             laws[i] = FitError("the fitted law is not finite")
         # the law's fall is lost in the noise, or it is that of the other domains, and this one's losses rise
-        elif np.std(curve) < max(noise / 3, 1e-4) or not kendalltau(curve, loss).statistic > 0:
+        elif np.std(curve) < max(noise / 3, 1e-4) or not scipy.stats.kendalltau(curve, loss).statistic > 0:
             laws[i] = FitError("the losses do not fall")
         else:
             laws[i] = ScalingLaw(*map(float, (A[k], alpha, beta, E[k], scale[k], params[-1], B)))
@@ -204,5 +203,5 @@ def solve(points: Points) -> np.ndarray:
     bounds = np.array([ALPHA, BETA] + [(0.0, np.inf)] * (len(theta) - 2)).T
     for limit in HUBER:
         robust = {"loss": "huber", "f_scale": limit, "max_nfev": 200}
-        theta = least_squares(residuals, theta, jacobian, bounds, **robust, args=(points,)).x
+        theta = scipy.optimize.least_squares(residuals, theta, jacobian, bounds, **robust, args=(points,)).x
     return theta
