@@ -99,7 +99,7 @@ class Trainer:
                 self.save(run, log, done)
             run.finish_save(wait=last or stop)  # of a checkpoint that is being written in the background
             if stop and not last:
-                say(f"stopped after step {done}; the same command goes on from here")
+                say(f"stopped after step {done}; {run.way_on} goes on from here")
                 engine.close()
                 sys.exit(run.exit_status)
         return end
@@ -371,7 +371,7 @@ def main():
         newest = None
         with suppress(OSError, ValueError):
             newest = newest_checkpoint(run.path)
-        where = f"the same command goes on from {newest}" if newest else "there is no checkpoint yet"
+        where = f"{run.way_on} goes on from {newest}" if newest else "there is no checkpoint yet"
         sys.exit(f"train.py: could not write to {run.path}: {error}; {where}")
     except DamagedData as error:  # only the process that has read it can say so
         print(f"train.py: {error}", file=sys.stderr)

@@ -122,7 +122,7 @@ def known_failure(error: Exception) -> str | None:
             return "out of memory"
         return "out of memory: --dry_run says what a run needs, and which settings make it less"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"torch.compile failed, try --compile False: {one_line(str(error), 300)}"
+        return f"torch.compile failed: try it again, or --compile False: {one_line(str(error), 300)}"
     return None
 
 

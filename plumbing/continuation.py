@@ -95,8 +95,11 @@ def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: st
         if len(found) == n:
             break
     if not found:
+        held_out = split != "train" and data.meta["window"] < PREFIX + LENGTH
+        why = f": its windows have {data.meta['window']}, see --window of prepare_data.py" if held_out else ""
         raise ValueError(
-            f"{data.path}: {split} of domain {domain} has no document with {PREFIX + LENGTH} tokens in a row to ask for"
+            f"{data.path}: {split} of domain {domain} has no document with {PREFIX + LENGTH} tokens in a row to ask "
+            f"for{why}"
         )
     if all(q.label == 1 for q in found):  # a file of these would not say whether its labels begin at 0
         q = found[0]

@@ -87,6 +87,7 @@ FIXED = {  # no other value can be represented
     "mlp_bias": False,
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
+    "is_causal": True,
 }
 NOT_KEPT = {  # keys that are not written as they were: the export has its own, or none
     *("architectures", "dtype", "torch_dtype", "rope_parameters", "layer_types", "auto_map", "trust_remote_code"),
@@ -300,15 +301,19 @@ def write(path: Path, fields: dict, weights: dict[str, Tensor], dtype: torch.dty
     write_json(path / "config.json", config)
 
 
-def config_of(fields: dict, dtype: torch.dtype) -> dict:
-    """The content of config.json. ValueError for a model that no family has."""
-    others = fields["others"]
+def model_type_of(fields: dict) -> str:
+    """The family of a LlamaConfig's fields, as config.json names it. ValueError for a model that no family has."""
     same = [name for name, family in FAMILIES.items() if all(fields[k] == v for k, v in family.fields.items())]
     if not same:
         raise ValueError("no family of models has biases on q, k and v, and norms of q and k, too")
-    model_type = others.get("model_type", same[0])
+    return fields["others"].get("model_type", same[0])
+
+
+def config_of(fields: dict, dtype: torch.dtype) -> dict:
+    """The content of config.json. ValueError for a model that no family has."""
+    model_type = model_type_of(fields)
     own = {key: fields[field] for key, field in KEYS.items()}
-    kept = {"model_type": model_type, "hidden_act": "silu"} | others
+    kept = {"model_type": model_type, "hidden_act": "silu"} | fields["others"]
     architecture = FAMILIES[model_type].architecture
     return {"architectures": [architecture], **kept, "torch_dtype": str(dtype).removeprefix("torch."), **own}
 

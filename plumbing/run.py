@@ -168,7 +168,7 @@ class Run:
         if resume == "never":
             if own or self.has_model or self.has_log:
                 raise ValueError(
-                    f"{self.path} holds a run already: remove it, or choose another --out, or resume='auto'"
+                    f"{self.path} holds a run already: --resume auto goes on with it; or choose another --out"
                 )
             return None
         if own and given.parent == own.parent.absolute() and given.name != own.name:
@@ -337,6 +337,11 @@ class Run:
     def interrupted(self) -> bool:
         """Whether one of the processes was told to stop."""
         return parallel.any_of(bool(self.signals))
+
+    @property
+    def way_on(self) -> str:
+        """What goes on from the newest checkpoint."""
+        return "the same command" + (" with --resume auto" if self.settings["resume"] == "never" else "")
 
     @property
     def exit_status(self) -> int:

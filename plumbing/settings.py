@@ -8,13 +8,14 @@ target shape means pruning; else a model is trained on (continue).
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Literal
 
 from dro import MORE_POINTS_THAN, SCHEDULES, WITH_REFERENCES
 from model import LlamaConfig
 from plumbing import records
 from plumbing.command_line import Free, Group, Limits, fields, out_of_limits
+from plumbing.huggingface import model_type_of
 
 POSITIVE, NOT_NEGATIVE, SHARE = Limits(1), Limits(0), Limits(0, 1)
 SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ffn", "tie_embeddings")  # of a model from scratch
@@ -60,7 +61,7 @@ class Settings:
     target_d_model: Annotated[
         int,
         NOT_NEGATIVE,
-        "hidden dimensions to keep; 0 means all. A multiple of target_n_head: transformers loads no other Llama",
+        "hidden dimensions to keep; 0 means all. Of a Llama, a multiple of target_n_head: transformers loads no other",
     ] = 0
     target_n_head: Annotated[
         int,
@@ -353,7 +354,7 @@ class Settings:
             n_kv_head=n_head * source.n_kv_head // source.n_head,
             d_ffn=self.target_d_ffn or source.d_ffn,
         )
-        if target.d_model % target.n_head:
+        if target.d_model % target.n_head and model_type_of(asdict(source)) == "llama":
             group = source.n_head // source.n_kv_head
             possible = [n for n in range(group, source.n_head + 1, group) if target.d_model % n == 0]
             advice = f"target_n_head may be {', '.join(map(str, possible))}" if possible else "no target_n_head will do"

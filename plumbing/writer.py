@@ -164,7 +164,7 @@ class DataWriter:
 
     def leave_out_small(self) -> list[str]:
         """Remove the domains that are too small to be used. Returns what to say. ValueError if no other is left."""
-        advice = "give more text or more documents, raise --held_out or lower --window"
+        advice = "give more text or more documents, lower --window, or raise --held_out (if train lacks text, lower it)"
         lacks = {domain: writer.too_small() for domain, writer in sorted(self.domains.items())}
         lines = [f"domain {domain}: left out, it has {lack}" for domain, lack in lacks.items() if lack]
         if len(lines) == len(lacks):

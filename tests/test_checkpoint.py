@@ -652,6 +652,15 @@ def test_what_is_half_written_is_never_read(chain, tmp_path, monkeypatch, capsys
     assert not [*(tmp_path / "x").rglob("*.partial")]
 
 
+def test_a_run_that_never_goes_on_names_what_does(tiny_data, tmp_path, monkeypatch, capsys):
+    args = [f"--data={tiny_data}", f"--out={tmp_path}", "--steps=4"]
+    assert run(monkeypatch, *args, "--stop_at=2", "--resume=never") == 0
+    assert "stopped after step 2; the same command with --resume auto goes on from here" in capsys.readouterr().out
+    assert run(monkeypatch, *args, "--resume=never") == 2
+    assert "--resume auto goes on with it" in capsys.readouterr().err
+    assert run(monkeypatch, *args, "--resume=auto") == 0 and (tmp_path / "model").exists()
+
+
 def test_what_is_no_run_or_another_one_is_not_overwritten(chain, tiny_data, tmp_path, monkeypatch, capsys):
     out, _ = chain
     args = [f"--data={tiny_data}", f"--out={tmp_path / 'x'}", "--steps=20"]

@@ -85,6 +85,10 @@ def test_choices_do_not_overlap_and_stay_within_a_held_out_window():
         assert len(set(asked // 200)) == len(set(other // 200)) == 1
     starts = [text.encode(q.question)[0] for q in make_questions(text, text, "a", "train", 150, seed=0)]
     assert any(start // 200 != (start + PREFIX + LENGTH - 1) // 200 for start in starts)  # train is one long text
+    text.meta = {"window": PREFIX + LENGTH - 1}  # no question fits into such a window
+    with pytest.raises(ValueError, match="val of domain a has no document .*: its windows have 127, see --window"):
+        make_questions(text, text, "a", "val", 150, seed=0)
+    assert make_questions(text, text, "a", "train", 150, seed=0)
 
 
 class Indented(Positions):

@@ -167,6 +167,7 @@ NESTED = "NESTED"  # stands for JSON that Python itself could not write
 MISTAKES = {
     "attention_bias": (lambda c: c | {"attention_bias": True}, "attention_bias"),
     "activation": (lambda c: c | {"hidden_act": "gelu"}, "hidden_act"),
+    "a model of embeddings": (lambda c: c | {"is_causal": False}, "is_causal = False is not supported, only True"),
     "architecture": (lambda c: c | {"model_type": "gemma"}, "model_type = 'gemma' is not supported, only llama, mist"),
     "architecture with other keys": (lambda c: {"model_type": "gpt2", "n_layer": 2}, "model_type = 'gpt2' is not"),
     "experts": (lambda c: c | {"model_type": "qwen3_moe"}, "model_type = 'qwen3_moe'"),

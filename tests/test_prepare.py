@@ -839,7 +839,7 @@ def test_a_small_domain_is_left_out(command, tmp_path):
     args = [tmp_path / "c", "--window=64", "--held_out=0.2", "--workers=1"]
     status, out, _ = command(*args, "--out", tmp_path / "out")
     assert status == 0 and TokenData(tmp_path / "out").domains == ["large"]
-    assert "domain small: left out, it has " in out and "raise --held_out or lower --window" in out
+    assert "domain small: left out, it has " in out and "lower --window, or raise --held_out" in out
     assert not (tmp_path / "out" / "small").exists()
 
 
@@ -1151,7 +1151,7 @@ def test_mistakes_are_one_line(command, tmp_path, source, args, message):
     [
         ([b'{"txt": "a"}'], {}, r"1 of 2 lines are bad, more than 1%: .*x.jsonl:2: no document"),
         ([], {"domain_field": "meta.set"}, r"1 of 1 lines are bad, more than 1%: .*x.jsonl:1: no domain in the field"),
-        ([b'{"text": "a"}'], {}, r"no domain has enough text .*raise --held_out or lower --window"),
+        ([b'{"text": "a"}'], {}, r"no domain has enough text .*lower --window, or raise --held_out"),
         ([], {"domains": ["e"]}, r": no domain e; it has d"),
         ([], {"domains": ["d", "d"]}, r"none of them twice"),
         ([], {"seed": 2**63}, r"--seed: .* is out of range"),
