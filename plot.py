@@ -17,6 +17,7 @@ sparsity.png and gates.png exist for runs with gates only. A notebook can call t
 The seven colours are from the palette of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
+import os
 import sys
 import textwrap
 import warnings
@@ -202,7 +203,8 @@ def zoom(ax):
 @matplotlib.rc_context(STYLE)
 def weights_figure(run: Metrics) -> Figure:
     """Data weights q and reference ratio p. Those of an evaluation are in force until the next one."""
-    fig, [[ax]] = new_figure()
+    tall = max(1, len(run.domains) / 28)  # so that the labels fit beside the axes, with 9 points at least
+    fig, [[ax]] = new_figure(height=tall * HEIGHT)
     steps, look = series(run.evals, "step"), styles(run.domains)
     q = {d: 100 * series(run.evals, "weights", d) for d in run.domains}
     p = {d: 100 * series(run.evals, "ratio", d) for d in run.domains}
@@ -221,7 +223,7 @@ def weights_figure(run: Metrics) -> Figure:
     ax.yaxis.set_major_formatter("{x:g}")
     ax.autoscale_view()
     texts = {d: f"{shorten(d, 18)}  {format(q[d][-1], '#.3g').rstrip('.')} %" for d in q}
-    label_ends(ax, {d: q[d][-1] for d in q}, texts, look, size=min(14, 330 / len(q)))
+    label_ends(ax, {d: q[d][-1] for d in q}, texts, look, size=min(14, 250 * tall / len(q)))
     entries = [entry("data weight q", **RAW), entry("running mean"), entry("reference ratio p", ls=":", lw=1.5)]
     legend(fig, [*entries, *draw_timeline(ax, run)])
 
@@ -264,7 +266,7 @@ def loss_figure(run: Metrics) -> Figure:
     columns = min(4, (n + 1) // 2)
     rows = -(-n // columns)
     fig, grid = new_figure(rows, columns, height=max(HEIGHT, 2.1 * rows))
-    name = "validation loss" + (" (with gates, while there are any)" if run.has_gates else "")
+    name = "validation loss" + (" (gated, while pruning)" if run.has_gates else "")
     entries, excess = {"loss": entry(name, **RAW), "mean": entry("running mean")}, {}
     for ax, d in zip(grid.flat, run.domains):
         color, notes = look[d]["color"], []
@@ -405,13 +407,15 @@ def comparison_figure(runs: list[Metrics]) -> Figure:
     """
     domains, names = common_domains(runs), [run.name for run in runs]
     if len(set(names)) < len(names):
-        names = [str(run.path) for run in runs]
+        paths = [run.path.absolute() for run in runs]
+        names = [str(path.relative_to(os.path.commonpath(paths))) for path in paths]
     in_bits = all(np.isfinite(latest(run, "bits_per_byte", d)) for run in runs for d in domains)
     measure, unit = ("bits_per_byte", "bits per byte") if in_bits else ("loss", "nats/token")
     kinds = {"average": (np.mean, "-", 2.4), "worst domain": (np.max, "--", 1.7)}
     finals = np.array([[latest(run, measure, d) for d in domains] for run in runs])  # (runs, domains)
     look, rows = styles(names), range(len(domains) + 1)
-    fig, [[ax, dots]] = new_figure(1, 2, height=max(HEIGHT, 0.3 * len(rows)), width_ratios=(1.15, 1))
+    height = max(HEIGHT, 0.3 * len(rows)) + 0.25 * max(0, len(runs) - 6)  # for the legend
+    fig, [[ax, dots]] = new_figure(1, 2, height=height, width_ratios=(1.15, 1))
     for run, name, final in zip(runs, names, finals):
         color, marker = look[name]["color"], look[name]["marker"]
         tokens = series(run.evals, "tokens")

@@ -24,8 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plumbing.command_line import Parser, number, user_errors  # noqa: E402
+from plumbing.command_line import Parser, load, number, user_errors  # noqa: E402
 from plumbing.output import check_output, write_whole  # noqa: E402
+from plumbing.settings import Settings  # noqa: E402
 
 OUT, DATA, RESULTS = Path("out/kill"), Path("data/kill"), "docs/kill/results.json"
 SOURCE = "--n_layer=3 --d_model=32 --n_head=4 --d_ffn=48 --lr=3e-3 --steps=60 --eval_interval=60".split()
@@ -153,6 +154,7 @@ def main():
     parser.add_argument("--json", default=RESULTS, help="the file for the results")
     with user_errors():
         args, args.settings = parser.parse_known_args()
+        load(Settings, args.settings)
         check_output(ROOT / args.json)
     rng, quiet = random.Random(args.seed), {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
     shutil.rmtree(ROOT / OUT, ignore_errors=True)

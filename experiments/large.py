@@ -10,10 +10,11 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from plumbing import cost  # noqa: E402
+from plumbing import cost, records  # noqa: E402
 from plumbing.command_line import Parser, load, user_errors  # noqa: E402
 from plumbing.output import write_whole  # noqa: E402
 from plumbing.settings import Settings  # noqa: E402
@@ -78,7 +79,11 @@ def main():
     with user_errors():
         out = Path(parser.parse_args().out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        found = json.loads(out.read_text())["rows"] if out.exists() else {}
+        complaint = f"{out} is no file of these figures"
+        content = records.parse(out.read_bytes(), dict[str, Any], complaint) if out.exists() else {"rows": {}}
+        if "rows" not in content:
+            raise ValueError(complaint)
+        found = content["rows"]
     for key, args in KEYS.items():
         if key not in found:
             found[key] = row(*args)

@@ -293,6 +293,9 @@ def main():
         args = parser.parse_args()
         if args.what == "report" and not (found := histories()):
             raise ValueError(f"no histories in {OUT} or {COMPARE}: run experiments/compare.py or `record` first")
+        for source in map(CASES["toy"].source_of, (0, 1)):
+            if args.what == "record" and not (source / "model").exists():
+                raise ValueError(f"there is no {source} yet: run experiments/compare.py toy first")
     if args.what == "record":
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(record, ["skewed", "own"], [0, 1]))

@@ -334,7 +334,8 @@ def remedies(s: Settings, n_params: int, space: float) -> Iterator:
     for n in [s.world_size, *more] if s.parallel == "ddp" else more:
         # float32 weights, gradients and AdamW's two moments alone are 16 bytes per parameter
         if n > 1 and s.batch_size % n == 0 and 16 * n_params / n < space:
-            yield replace(small, world_size=n, micro_batch=small.split_batch(n)[1])
+            for shards in sorted({small.shard_gradients, True}):
+                yield replace(small, world_size=n, micro_batch=small.split_batch(n)[1], shard_gradients=shards)
 
 
 def changes(s, other) -> str:
@@ -358,7 +359,10 @@ def work_of(s: Settings, source: LlamaConfig) -> Work:
     cut_at = s.cut_at if target else s.steps
     evaluations, data = -(-s.steps // s.eval_interval) + 1, data_of(s)
     domains = len(data.domains if data else s.domains or s.ratio) or 1
-    eval_tokens = evaluations * s.eval_sequences * domains * s.seq_len
+    sequences = domains * s.eval_sequences
+    if data:  # which may have fewer
+        sequences = sum(len(data.eval_numbers(d, "val", s.seq_len, s.eval_sequences)) for d in data.domains)
+    eval_tokens = evaluations * sequences * s.seq_len
     passes = 4 if s.activation_checkpointing else 3  # the backward pass counts twice
     flops = 0.0
     for config, steps in ((source, cut_at), (target, s.steps - cut_at)):
@@ -407,7 +411,8 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     known = f"{work.domains} domains" if work.domains > 1 else "one domain"
     if work.domains == 1 and not data:
         known += f" ({s.data} is not there)"
-    times = f"{work.evaluations:,} times {s.eval_sequences} sequences"
+    fewer = work.eval_tokens < work.evaluations * work.domains * s.eval_sequences * s.seq_len
+    times = f"{work.evaluations:,} times {'at most ' if fewer else ''}{s.eval_sequences} sequences"
     row("evaluation", f"{times} of {known}: {work.eval_tokens:,} tokens")
     again = f" + {recomputed:.3g} recomputed" if recomputed else ""
     row("FLOPs per token", f"{train_flops:.3g}{again}")

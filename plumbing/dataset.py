@@ -89,6 +89,7 @@ class TokenData:
             if self.path.is_dir():
                 make = f"prepare_data.py {self.path} --out data/NAME`, if it is a folder of text"
             there = f"; there are {', '.join(near)}" if near else ""
+            make += "; a model with a tokenizer of its own needs --tokenizer MODEL there"
             raise ValueError(f"{self.path}: no data set there (no meta.json){there}; first run `python {make}")
         self.meta = records.read(file, records.Meta, "a data set's description")
         self.tokenizer, self.vocab_size, self.eot = (self.meta[k] for k in ("tokenizer", "vocab_size", "eot"))

@@ -163,6 +163,10 @@ def read_parquet(raw: BinaryIO, domain_field: str | None) -> Iterator[Record]:
         table = pyarrow.parquet.ParquetFile(raw)
         if "text" not in table.schema_arrow.names:
             raise ValueError(f"no column text; there are {', '.join(table.schema_arrow.names)}")
+        if domain_field and not {domain_field, domain_field.split(".")[0]} & set(table.schema_arrow.names):
+            raise ValueError(
+                f"no column {domain_field} (--domain_field); there are {', '.join(table.schema_arrow.names)}"
+            )
         number = 0
         for batch in table.iter_batches(1000, columns=names, use_threads=False):
             for row in batch.to_pylist():

@@ -610,8 +610,13 @@ def test_dry_run_of_a_cut_at_once_knows_the_source():
 
 def test_dry_run_looks_at_the_data(tiny_data, monkeypatch, capsys, tmp_path):
     """Its vocabulary and its domains, where it is there; and it refuses a target that cannot be, as the run does."""
-    run(monkeypatch, f"--data={tiny_data}", "--dry_run", "--steps=100", "--eval_interval=50", "--gpu=8GB")
+    args = [f"--data={tiny_data}", "--dry_run", "--steps=100", "--eval_interval=50", "--gpu=8GB"]
+    run(monkeypatch, *args)
     assert "of 3 domains: " in capsys.readouterr().out
+    run(monkeypatch, *args, "--seq_len=128", "--eval_sequences=5000")
+    there = data.TokenData(tiny_data)  # an evaluation has no more sequences than there are
+    tokens = sum(there.sequences(d, "val", 128) for d in there.domains) * 128
+    assert f"3 times at most 5000 sequences of 3 domains: {3 * tokens:,} tokens" in capsys.readouterr().out
     run(monkeypatch, f"--data={tmp_path}", "--dry_run", "--gpu=8GB")
     out = capsys.readouterr().out
     assert f"of one domain ({tmp_path} is not there): " in out
@@ -675,13 +680,14 @@ def test_remedies_come_nearest_first_and_add_up():
     less = [{checkpointing}, {checkpointing, "--micro_batch=1"}]
     less += [less[1] | {"--shard_gradients=True"}]
     more = [less[2] | {f"--world_size={n}"} for n in (16, 32, 64)]
+    shards = "--shard_gradients=True"
     assert tried(*args, n_params=10**9, space=1.1e9) == less + more
     # one process holds all of the model, two a half
     assert tried("--micro_batch=1", checkpointing, n_params=10**9, space=9e9) == [
-        {"--parallel=fsdp", f"--world_size={n}"} for n in (2, 4, 8, 16, 32, 64)
+        {"--parallel=fsdp", f"--world_size={n}"} | also for n in (2, 4, 8, 16, 32, 64) for also in (set(), {shards})
     ]
     ddp = tried("--world_size=2", "--micro_batch=1", checkpointing, n_params=10**9, space=9e9)
-    assert ddp[0] == {"--parallel=fsdp"} and len(ddp) == 6
+    assert ddp[:2] == [{"--parallel=fsdp"}, {"--parallel=fsdp", shards}] and len(ddp) == 12
 
 
 def test_the_peak_is_that_of_the_gpu():

@@ -271,7 +271,7 @@ def test_loss_prediction_and_truth(tmp_path, stage):
         assert low < min(half["prediction"][d], lines[-1]["loss"][d]) and high > lines[-1]["loss"][d]
         assert f"◇ {half['prediction'][d]:.3f}    ★ {lines[-1]['loss'][d]:.3f}" in texts(fig)
     assert fig.get_supylabel() == "validation loss (nats/token)"
-    assert ("validation loss (with gates, while there are any)" in texts(fig)) == (stage == "prune")
+    assert ("validation loss (gated, while pruning)" in texts(fig)) == (stage == "prune")
     last = evals(lines)[-1]
     excess = {d: last["loss"][d] - last["reference"][d] for d in TOY}
     worst = max(excess, key=excess.get)
