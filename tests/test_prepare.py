@@ -801,6 +801,9 @@ def test_parquet_without_pyarrow_or_text(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "d" / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet: no column text; there are content"):
         prepare(str(tmp_path), tmp_path / "out")
+    parquet.write_table(pyarrow.table({"text": ["a"], "set": ["b"]}), tmp_path / "d" / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: no column sett \(--domain_field\); there are text, set"):
+        prepare(str(tmp_path / "d"), tmp_path / "out", domain_field="sett")
     day = pyarrow.scalar(10**7, pyarrow.date32())  # after the year 9999: Python has no such date, and nobody needs it
     sets = pyarrow.array(["x", "y", None])
     meta = pyarrow.StructArray.from_arrays([sets, pyarrow.array([day] * 3, pyarrow.date32())], ["set", "day"])
