@@ -569,7 +569,7 @@ def test_a_closed_stderr(bpe_file, tiny_corpus, tmp_path):
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
         (MemoryError(), 1, "out of memory"),
-        (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("no g++"), None), 1, "try --compile False"),
+        (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("no g++"), None), 1, "again, or --compile False"),
     ],
 )
 def test_what_is_nobodys_mistake_is_one_line(error, status, words, capsys, monkeypatch):
