@@ -154,7 +154,8 @@ def main():
     parser.add_argument("--json", default=RESULTS, help="the file for the results")
     with user_errors():
         args, args.settings = parser.parse_known_args()
-        load(Settings, args.settings)
+        _, _, _, *options = command(args, "one process", "prune", OUT)  # after python -u train.py
+        load(Settings, options)
         check_output(ROOT / args.json)
     rng, quiet = random.Random(args.seed), {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
