@@ -314,9 +314,7 @@ def main():
     parser.add_argument("case", nargs="?", choices=CASES)
     parser.add_argument("--seeds", type=int, nargs="+", help="how many, or the first and the last; default: the case's")
     parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, help="default: the case's")
-    parser.add_argument(
-        "--schedules", nargs="+", default=list(SCHEDULES), help="names, or two settings or more in one word"
-    )
+    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), help="names, or several settings in a word")
     parser.add_argument("--jobs", type=number(int, 1), default=2, help="runs at a time, one thread each")
     parser.add_argument("--data", metavar="DIR", help="another data set, as prepare_data.py makes it")
     parser.add_argument("--ratio", default="{}", help="its skewed mixture")

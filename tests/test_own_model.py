@@ -131,7 +131,10 @@ def test_a_model_from_scratch_has_the_tokenizer_of_its_text(theirs, data, tmp_pa
     assert config["eos_token_id"] == after.eos_token_id
 
 
-@pytest.mark.parametrize("family", [{"qkv_bias": True}, {"qk_norm": True}], ids=str)
+MISTRAL = {"others": {"model_type": "mistral", "sliding_window": None}}
+
+
+@pytest.mark.parametrize("family", [{"qkv_bias": True}, {"qk_norm": True}, MISTRAL], ids=str)
 def test_a_model_of_another_family_is_pruned_and_stays_one(family, tiny_data, tmp_path, monkeypatch):
     """Its width need not be a multiple of its heads, as transformers wants it of a Llama."""
     source = LlamaConfig(257, 3, 32, 4, 2, 8, 48, 64, **family)
