@@ -14,9 +14,7 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 from compare import CASES, PAPER  # noqa: E402
+from runs import call, each  # noqa: E402
 
 from plumbing.command_line import Parser, number, user_errors  # noqa: E402
 from plumbing.metrics import read_metrics  # noqa: E402
@@ -106,9 +105,7 @@ def record(mixture: str, seed: int) -> None:
             OUT.mkdir(parents=True, exist_ok=True)
             (OUT / f"{name}.jsonl").unlink(missing_ok=True)
             shutil.rmtree(OUT / name, ignore_errors=True)  # the averages are in no checkpoint: from the start again
-            one = os.environ | {"OMP_NUM_THREADS": "1"}
-            with open(OUT / f"{name}.log", "w") as log:
-                subprocess.run([sys.executable, __file__, "watch", name, *command], env=one, check=True, stdout=log)
+            call("experiments/laws.py", "watch", name, *command)
         before = OUT / name
 
 
@@ -296,10 +293,8 @@ def main():
         for source in map(CASES["toy"].source_of, (0, 1)):
             if args.what == "record" and not (source / "model").exists():
                 raise ValueError(f"there is no {source} yet: run experiments/compare.py toy first")
-    if args.what == "record":
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(record, ["skewed", "own"], [0, 1]))
-        return
+        if args.what == "record":
+            return each(record, [("skewed", 0), ("own", 1)], args.jobs)
     results = {"command": "python experiments/laws.py", "unit": "nats per token, means over runs and domains"}
     for group, stage in itertools.product(dict.fromkeys(g for g, _ in found), ("prune", "continue")):
         runs = [h for g, h in found if g == group and h.stage == stage]
