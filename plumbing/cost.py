@@ -29,6 +29,7 @@ from plumbing import choices, parallel
 from plumbing.command_line import load
 from plumbing.data import MicroBatch, TokenData, open_data
 from plumbing.models import check_tokenizer, directory_of, model_directory
+from plumbing.run import newest_checkpoint, read_state, shapes_of
 from plumbing.settings import Settings
 
 GIB = 2**30
@@ -108,19 +109,26 @@ def memory_of(name: str) -> float:
     raise ValueError(f"gpu = '{name}' is not one of {', '.join(GPUS)}, and no memory size such as 24GB")
 
 
-def shape_of(s: Settings, above: tuple[str, ...] = ()) -> LlamaConfig:
-    """Shape of the model that a run starts from. above: the configs whose runs start from this one's model."""
-    if s.init_from:
-        return known_shape(s.init_from, above)
+def shape_of(s: Settings) -> LlamaConfig:
+    """Shape of the model that a run starts from."""
     data = data_of(s)
-    return s.shape_from_scratch(data.vocab_size if data else BYTES)
+    return start_of(s, data.vocab_size if data else BYTES)
 
 
-def known_shape(model: str, above: tuple[str, ...] = ()) -> LlamaConfig:
-    """Shape of the model in a model directory or run, or, where that is not there yet, of a published one, or of what
-    the config of this name will make. ValueError where none of these is known."""
+def start_of(s: Settings, vocab_size: int, above: tuple[str, ...] = ()) -> LlamaConfig:
+    """The same, on data of such a vocabulary. above: the configs whose runs start from this one's model."""
+    return known_shape(s.init_from, vocab_size, above) if s.init_from else s.shape_from_scratch(vocab_size)
+
+
+def known_shape(model: str, vocab_size: int = BYTES, above: tuple[str, ...] = ()) -> LlamaConfig:
+    """Shape of the model in a model directory or run, or, where that is not there yet, of what the run will make, of a
+    published one, or of what the config of this name will make of such a vocabulary. ValueError where none of these is
+    known."""
     if (directory := model_directory(model)) is not None:
         return read_config(directory)
+    if (checkpoint := newest_checkpoint(Path(model))) is not None:
+        source, target = shapes_of(read_state(checkpoint))
+        return target or source
     name = Path(model).name
     if name in PUBLISHED:
         return PUBLISHED[name]
@@ -130,7 +138,7 @@ def known_shape(model: str, above: tuple[str, ...] = ()) -> LlamaConfig:
             directory_of(model)  # raises a ValueError, which says what is there instead
         raise ValueError(f"{model}: no such model or run, and its shape is not known either")
     before = load(Settings, [str(config)])
-    source = shape_of(before, (*above, name))
+    source = start_of(before, vocab_size, (*above, name))
     return before.target_shape(source) or source
 
 
@@ -259,7 +267,7 @@ def memory(s: Settings, source: LlamaConfig, rehearse: Callable) -> dict[str, fl
     # outside of the steps there is the source, and beside it one after the other of these, in float32
     beside = [0.0]
     if s.reference_model:
-        beside.append(known_shape(s.reference_model).n_params() / n)
+        beside.append(known_shape(s.reference_model, source.vocab_size).n_params() / n)
     if target and s.gates != "learned":
         beside.append(target.n_params() / n)
     moments = [by_kind(snapshot), {"weights": 4 * (source.n_params() / n + max(beside))}]
@@ -381,8 +389,8 @@ def dry_run(s: Settings, rehearse: Callable) -> None:
     s.split_batch(s.world_size)
     source, data = shape_of(s), data_of(s)
     for model in filter(None, (s.init_from, s.reference_model)):
-        shape = known_shape(model)
-        if data and model_directory(model):
+        shape = known_shape(model, source.vocab_size)
+        if data:
             check_tokenizer(model, shape, data)
         if s.seq_len > shape.max_seq_len:
             raise ValueError(f"seq_len = {s.seq_len}: {model} was made for {shape.max_seq_len} tokens at most")

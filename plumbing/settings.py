@@ -217,7 +217,7 @@ class Settings:
             wrong.append("out is empty")
         if self.reference_losses and self.reference_model:
             wrong.append("reference_losses and reference_model are both set, one of them must be empty")
-        if self.batch_size % max(1, self.gate_samples):
+        if self.learns_gates and self.batch_size % max(1, self.gate_samples):
             wrong.append(f"batch_size = {self.batch_size} must be a multiple of gate_samples = {self.gate_samples}")
         wrong += self._wrong_schedule() + self._wrong_pruning()
         if wrong:

@@ -13,7 +13,7 @@ from model import LlamaConfig, read_config
 from plumbing import checksums, cost, parallel
 from plumbing.data import BatchReader, TokenData, open_data
 from plumbing.log import say
-from plumbing.models import check_tokenizer, data_position, digest, directory_of, export_dtype
+from plumbing.models import check_tokenizer, data_position, digest, directory_of, export_dtype, model_directory
 from plumbing.run import Run
 from plumbing.settings import FREE, Settings
 
@@ -35,7 +35,7 @@ def open_sources(s: Settings, device: torch.device) -> Sources | None:
     processes must call it within `parallel.together`."""
     _, micro_batch = s.split_batch(parallel.size())
     run = Run(s.out, asdict(s), FREE, s.resume)
-    gone = not (Path(s.data).exists() and Path(s.init_from).exists())
+    gone = not (Path(s.data, "meta.json").is_file() and (not s.init_from or model_directory(s.init_from)))
     if not (run.finished and gone):  # a finished run does not need what it was made of
         data = open_data(s)
         run.check_content({"data": data.digest} | ({"init_from": digest(s.init_from)} if s.init_from else {}))

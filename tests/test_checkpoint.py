@@ -348,8 +348,9 @@ def test_what_is_needed_is_said(chain, stopped, tmp_path, monkeypatch, capsys, r
     mine = [a for a in args["continue"] if not a.startswith(("--out=", "--init_from="))]
     mine += [f"--out={done}", f"--init_from={source}"]
     assert run(monkeypatch, *mine) == 0 and "is finished already" in capsys.readouterr().out
-    shutil.rmtree(source)
-    assert run(monkeypatch, *mine) == 0 and "is finished already" in capsys.readouterr().out
+    for gone in (source / "model", source):
+        shutil.rmtree(gone)
+        assert run(monkeypatch, *mine) == 0 and "is finished already" in capsys.readouterr().out
 
 
 def test_data_and_source_may_move(chain, tiny_data, tmp_path, monkeypatch, capsys):

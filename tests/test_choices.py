@@ -10,6 +10,8 @@ from test_model import random_llama
 from masks import PruningMasks, extract, kept_indices
 from model import LlamaConfig
 from plumbing import choices
+from plumbing.command_line import load
+from plumbing.settings import Settings
 
 
 def test_the_heaviest_are_kept_whole():
@@ -24,6 +26,13 @@ def test_the_heaviest_are_kept_whole():
     assert 2 in kept["layer"] and 5 in kept["hidden"] and 3 in kept["head"][1] and 7 in kept["ffn"][0]
     for z in masks.deterministic():
         assert set(z.unique().tolist()) == {0.0, 1.0}  # nothing to fold
+
+
+def test_what_is_only_for_learned_gates_refuses_nothing():
+    args = ["--init_from=x", "--target_n_layer=1", "--batch_size=6", "--gate_samples=4"]
+    with pytest.raises(ValueError, match="batch_size = 6 must be a multiple of gate_samples = 4"):
+        load(Settings, args)
+    assert load(Settings, [*args, "--gates=activation"]).split_batch(2) == (3, 3)
 
 
 def test_biases_count_for_their_heads():

@@ -652,6 +652,16 @@ def test_dry_run_says_what_a_model_that_is_not_known_is(monkeypatch, tmp_path):
         cost.known_shape(str(tmp_path / "begun"))
 
 
+def test_dry_run_knows_what_the_runs_before_it_will_make(pruning, monkeypatch, tmp_path):
+    """Of the data of this run, whatever the config's are, and with the target that a run on its way has."""
+    small = cost.known_shape("out/toy_prune", vocab_size=3000)
+    assert (small.vocab_size, small.n_layer, small.d_model) == (3000, 4, 96)
+    assert run(monkeypatch, *pruning[0], f"--out={tmp_path / 'toy_prune'}", "--stop_at=1") == 0
+    assert newest_checkpoint(tmp_path / "toy_prune")
+    found = cost.known_shape(str(tmp_path / "toy_prune"))
+    assert [f"--target_{name}={found.shape[name]}" for name in ("n_layer", "d_model", "n_head", "d_ffn")] == TARGET
+
+
 def test_dry_run_of_ddp_knows_that_buckets_stay():
     """A process alone frees its gradients after the step, before activations are at their most; DDP's does not."""
     args = "--n_layer=2 --d_model=512 --n_head=4 --d_ffn=1376 --batch_size=8 --seq_len=64".split()
