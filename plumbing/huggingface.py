@@ -271,7 +271,7 @@ def write(path: Path, fields: dict, weights: dict[str, Tensor], dtype: torch.dty
     """Write config.json and the weights, in `dtype`.
 
     fields: name -> value of LlamaConfig's fields. weights: name -> tensor, a tied lm_head not among them. OSError where
-    the disk does not take them, ValueError for a shape that no family has.
+    the disk does not take them, ValueError for a shape that no family has or a value that is too large for the dtype.
     """
     config = config_of(fields, dtype)
     path.mkdir(parents=True, exist_ok=True)
@@ -290,6 +290,11 @@ def write(path: Path, fields: dict, weights: dict[str, Tensor], dtype: torch.dty
     for i, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
+        for name, tensor in tensors.items():
+            if tensor.isinf().any() and weights[name].isfinite().all():
+                raise ValueError(
+                    f"{path}: {name} has values that are too large for {str(dtype).removeprefix('torch.')}"
+                )
         write_tensors(path / file, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     # what an older model left must not be read: its one file, or its index

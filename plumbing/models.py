@@ -157,7 +157,7 @@ def save_model(
     """Write a model directory, in `dtype`, with pruning.json (which indices were kept), trained_with.json (which
     tokenizer, and which sequences of which data), tokenizer files, and the checksums of all of them. The tokenizer is
     that of `source`, the model that the run started from, or, where this has none that can be read, that of the data.
-    ValueError where the source is damaged."""
+    ValueError where the source is damaged, or where a value is too large for the dtype."""
     data = reader.data
     shutil.rmtree(path, ignore_errors=True)
     model.save_pretrained(path, dtype)
