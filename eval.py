@@ -183,7 +183,7 @@ def main():
             choices = (choice for of_domain in questions.values() for q in of_domain for choice in q.choices)
             check_ids(models, {i for choice in choices for i in choice.ids})
             if args.write_questions:
-                write_all(args.write_questions, asked)
+                write_all(args.write_questions, asked, args.questions or [])
             print_questions(asked, None if args.questions else data, args.split)
         if args.sample is not None:
             start, ids = encode_sample(args, tokenizer, models)
@@ -201,7 +201,7 @@ def main():
     else:
         what = args.split, args.seq_len, args.sequences
         report |= {"seq_len": args.seq_len, "sequences": coverage(data, *what)}
-        print_coverage(report)
+        print_coverage(report, data)
         with user_errors(DamagedData, FloatingPointError):
             report["models"] = evaluate(models, data, *what, args.batch_size, precision)
         print(loss_table(report["models"]))
@@ -233,10 +233,12 @@ def evaluate(
     return results
 
 
-def print_coverage(report: dict) -> None:
+def print_coverage(report: dict, data: TokenData) -> None:
     """What the losses are measured on, before that takes its time."""
     counts = [f"{domain} {n['evaluated']:,} of {n['available']:,}" for domain, n in report["sequences"].items()]
     print(f"{report['split']} split, {report['dtype']}, sequences of {report['seq_len']} tokens: {', '.join(counts)}")
+    if report["split"] != "train" and (why := data.crosses_borders(report["seq_len"])):
+        print(f"note: {why}")
 
 
 def print_questions(asked: dict[str, list], data: TokenData | None, split: str) -> None:

@@ -101,9 +101,6 @@ def make_questions(data: TokenData, tokenizer: Tokenizer, domain: str, split: st
             f"{data.path}: {split} of domain {domain} has no document with {PREFIX + LENGTH} tokens in a row to ask "
             f"for{why}"
         )
-    if all(q.label == 1 for q in found):  # a file of these would not say whether its labels begin at 0
-        q = found[0]
-        found[0] = Question(q.question, q.choice2, q.choice1, 0)
     return found
 
 
@@ -141,18 +138,26 @@ def make_or_read(
     """Domain -> questions: n made from the text of each domain, or those of `files`, each of which is a domain that has
     the file's name. ValueError, see `make_questions` and `read_questions`."""
     if files is None:
-        return {domain: make_questions(data, tokenizer, domain, split, n, seed) for domain in data.domains}
-    if len({Path(file).stem for file in files}) < len(files):
+        asked = {domain: make_questions(data, tokenizer, domain, split, n, seed) for domain in data.domains}
+    elif len({Path(file).stem for file in files}) < len(files):
         raise ValueError("--questions: two files of one name would be one domain")
-    return {Path(file).stem: read_questions(Path(file)) for file in files}
+    else:
+        asked = {Path(file).stem: read_questions(Path(file)) for file in files}
+    for questions in asked.values():
+        if all(q.label == 1 for q in questions):  # a file of these would not say whether its labels begin at 0
+            q = questions[0]
+            questions[0] = Question(q.question, q.choice2, q.choice1, 0)
+    return asked
 
 
-def write_all(folder: str, questions: dict[str, list[Question]]) -> None:
+def write_all(folder: str, questions: dict[str, list[Question]], were_read: list[str]) -> None:
     """A .jsonl file per domain. ValueError before anything is written where one of them cannot be, or would replace a
-    file that holds no questions."""
+    file that holds no questions, or one of the files that they were read from: lines there may hold more."""
     files = {domain: Path(folder) / f"{folder_of(domain)}.jsonl" for domain in questions}  # a name may hold a /
     for file in files.values():
         check_output(file)
+        if file.exists() and any(file.samefile(source) for source in were_read):
+            raise ValueError(f"--write_questions: --questions reads {file}; choose another folder")
         if file.exists() and file.stat().st_size:
             read_questions(file)
     Path(folder).mkdir(parents=True, exist_ok=True)

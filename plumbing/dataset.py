@@ -181,6 +181,15 @@ class TokenData:
         """How many sequences of T = seq_len inputs there are; sequence i is tokens[i*T : i*T + T + 1]."""
         return (len(self._tokens[domain, split]) - 1) // seq_len
 
+    def crosses_borders(self, seq_len: int) -> str | None:
+        """Why held-out sequences of this length are not whole, where they are not."""
+        if not (window := self.meta["window"]) % seq_len:
+            return None
+        return (
+            f"held-out text is made of unrelated windows of {window} tokens, and sequences of {seq_len} go across "
+            f"their borders; prepare_data.py --window {seq_len} makes them whole"
+        )
+
     def bytes_per_token(self, domain: str, split: str) -> float:
         """UTF-8 bytes of text per token; bits per byte = loss in nats / ln 2 / this."""
         counts = self.meta["domains"][domain][split]

@@ -121,7 +121,7 @@ class Log:
 
     def settings(self, mixture: Mixture) -> None:
         """Print all settings, and notes on those that may not do what is expected of them."""
-        s, window = self.s, self.data.meta["window"]
+        s = self.s
         for key, value in asdict(s).items():
             if not (s.init_from and key in SHAPE):
                 say(f"{key} = {value!r}")
@@ -129,11 +129,8 @@ class Log:
             given, there = getattr(s, key), getattr(self.source, key)
             if given not in (fields(Settings)[key].default, there):
                 say(f"note: {key} = {given} has no effect: {s.init_from} has {there}, and settings target_... prune it")
-        if window % s.seq_len:
-            say(
-                f"note: validation text is made of unrelated windows of {window} tokens, and sequences of {s.seq_len} "
-                f"go across their borders; prepare_data.py --window {s.seq_len} makes them whole"
-            )
+        if why := self.data.crosses_borders(s.seq_len):
+            say(f"note: {why}")
         if s.warmup >= s.steps:
             say(f"note: warmup = {s.warmup} is not below steps = {s.steps}, so the learning rates rise to the end")
         if s.law != fields(Settings)["law"].default and not (s.dynamic_reference and s.schedule in WITH_REFERENCES):

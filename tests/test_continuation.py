@@ -23,6 +23,7 @@ from plumbing.continuation import (
     average,
     encode,
     log_likelihoods,
+    make_or_read,
     make_questions,
     read_questions,
     write_all,
@@ -343,7 +344,7 @@ def test_files_of_questions(tmp_path):
 
 def test_a_domain_cannot_name_a_file_elsewhere(tmp_path):
     questions = [Question("q", "a", "b", 0)]
-    write_all(str(tmp_path / "q"), {"../../evil": questions, "a/b": questions, "é": questions})
+    write_all(str(tmp_path / "q"), {"../../evil": questions, "a/b": questions, "é": questions}, [])
     assert sorted(file.name for file in tmp_path.rglob("*.jsonl")) == [
         "%2E.%2F..%2Fevil.jsonl",
         "a%2Fb.jsonl",
@@ -355,14 +356,19 @@ def test_a_domain_cannot_name_a_file_elsewhere(tmp_path):
 
 
 def test_what_is_written_can_be_read(tiny_data, tmp_path):
-    """A single question, too, whose label must not be 1."""
-    data, tokenizer = TokenData(tiny_data), load_tokenizer("byte")
+    """A single question, too, whose label must not be 1; and those of a file in which each second choice is true."""
+    data, tokenizer = TokenData(tiny_data, ["sums"]), load_tokenizer("byte")
+    text = tokenizer.decode(data.tokens("sums", "train"))
     for seed in range(6):
-        questions = make_questions(data, tokenizer, "sums", "train", 1, seed)
-        write_questions(tmp_path / "q.jsonl", questions)
-        assert read_questions(tmp_path / "q.jsonl") == questions
-        text = tokenizer.decode(data.tokens("sums", "train"))
-        assert questions[0].question + questions[0].choice1 in text
+        asked = make_or_read(data, tokenizer, "train", 1, seed, None)
+        write_all(str(tmp_path), asked, [])
+        assert read_questions(tmp_path / "sums.jsonl") == asked["sums"]
+        assert asked["sums"][0].question + asked["sums"][0].choice1 in text
+    (tmp_path / "q.jsonl").write_text('{"question": "a", "choice1": "b", "choice2": "c", "label": 2}\n' * 2)
+    asked = make_or_read(data, tokenizer, "train", 1, 0, [str(tmp_path / "q.jsonl")])
+    write_all(str(tmp_path / "again"), asked, [])
+    assert read_questions(tmp_path / "again" / "q.jsonl") == asked["q"]
+    assert [(q.choice1, q.choice2)[q.label] for q in asked["q"]] == ["c", "c"]
 
 
 def test_the_command(chain, tiny_data, tmp_path, monkeypatch, capsys):

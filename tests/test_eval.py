@@ -133,6 +133,13 @@ def test_a_limit_of_sequences_and_what_it_covers(chain, tiny_data, tmp_path, mon
         assert measured["domains"]["sums"]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_sequences_that_cross_the_borders_of_windows_are_told(chain, tiny_data, monkeypatch, capsys):
+    for split, seq_len, said in (("test", 64, False), ("test", 48, True), ("train", 48, False)):
+        args = [chain[0]["pretrain"], "--data", tiny_data, f"--split={split}", f"--seq_len={seq_len}", "--sequences=2"]
+        assert run(monkeypatch, *args) == 0
+        assert ("windows of 128 tokens, and sequences of 48 go across" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("seq_len", [1, 50, 127, 128, 129, 256])
 def test_the_first_token_of_a_held_out_window_does_not_count(tiny_data, tmp_path, seq_len):
     """It follows unrelated text. The training split has no windows, so there each token counts."""
