@@ -270,7 +270,7 @@ def prepare(
         "drop_shared": drop_shared or installed,
     }
     if out.exists() or out.is_symlink():
-        check_same(out, options, fingerprint(encoder))
+        check_same(out, options, encoder)
         return False
 
     left_out = LeftOut()
@@ -337,8 +337,8 @@ def check_arguments(
             raise ValueError(f"--{name}: {value} is out of range, it must be {need}")
 
 
-def check_same(out: Path, options: dict, tokenizer: str):
-    """ValueError unless `out` is a data set made with `options`, and by the tokenizer of this fingerprint."""
+def check_same(out: Path, options: dict, tokenizer: Tokenizer):
+    """ValueError unless `out` is a data set made with `options`, and by the tokenizer as it is now."""
     try:
         meta = records.read(out / "meta.json", records.Meta, "a data set's")
         there = meta["options"]
@@ -346,7 +346,8 @@ def check_same(out: Path, options: dict, tokenizer: str):
         raise ValueError(f"{out}: exists and is no data set; choose another --out") from None
     there = {"drop_shared": False, "domains": None} | there  # data sets made before these were options have neither
     other = [f"{key} {there.get(key)}, not {value}" for key, value in options.items() if there.get(key) != value]
-    if not other and meta["tokenizer_fingerprint"] != tokenizer:
+    was = [meta["tokenizer_fingerprint"], meta["eot"], meta.get("bos", tokenizer.bos)]
+    if not other and was != [fingerprint(tokenizer), tokenizer.eot, tokenizer.bos]:
         other = [f"{options['tokenizer']} as it was, and it has changed"]
     if other:
         raise ValueError(f"{out}: exists, made with {'; '.join(other)}; delete it or choose another --out")
@@ -378,12 +379,15 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def warnings_about(shares: dict[str, float | None]) -> list[str]:
+def warnings_about(data: TokenData) -> list[str]:
     """A line for each domain whose held-out text train has too much of."""
+    remedy = "--drop_shared drops such documents"
+    if data.meta.get("options", {}).get("drop_shared"):
+        remedy = f"each document has at most {100 * MAX_SHARE:.0f} % of it, or --drop_shared had dropped it"
     return [
         f"warning: domain {domain}: {percent(share)} of the held-out text stands word for word in train (measured in "
-        f"stretches of {STRETCH} bytes), so its losses are too good; --drop_shared drops such documents"
-        for domain, share in shares.items()
+        f"stretches of {STRETCH} bytes), so its losses are too good; {remedy}"
+        for domain, share in data.meta.get("shared", {}).items()
         if share is not None and share > TOO_MUCH
     ]
 
@@ -482,7 +486,7 @@ def main():
         made = prepare(**args)
         data = TokenData(args["out"])
         print(table(data))
-        for line in warnings_about(data.meta.get("shared", {})):
+        for line in warnings_about(data):
             print(line)
         already = "" if made else ": already prepared, with these options; if the text has changed, delete it first"
         print(f"{args['out']}{already}")

@@ -161,12 +161,11 @@ def read_parquet(raw: BinaryIO, domain_field: str | None) -> Iterator[Record]:
     size, names = os.fstat(raw.fileno()).st_size, ["text"] + ([domain_field] if domain_field else [])
     try:
         table = pyarrow.parquet.ParquetFile(raw)
-        if "text" not in table.schema_arrow.names:
-            raise ValueError(f"no column text; there are {', '.join(table.schema_arrow.names)}")
-        if domain_field and not {domain_field, domain_field.split(".")[0]} & set(table.schema_arrow.names):
-            raise ValueError(
-                f"no column {domain_field} (--domain_field); there are {', '.join(table.schema_arrow.names)}"
-            )
+        there = [table.schema.column(i).path for i in range(table.metadata.num_columns)]  # b of a column a is a.b
+        if "text" not in there:
+            raise ValueError(f"no column text; there are {', '.join(there)}")
+        if domain_field and domain_field not in there:
+            raise ValueError(f"no column {domain_field} (--domain_field); there are {', '.join(there)}")
         number = 0
         for batch in table.iter_batches(1000, columns=names, use_threads=False):
             for row in batch.to_pylist():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -814,6 +815,8 @@ def test_parquet_without_pyarrow_or_text(tmp_path, monkeypatch):
     assert [place.partition(".parquet:")[2][:15] for place in left_out.places["bad lines"]] == [
         "2: no document,", "3: no domain in"
     ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no column meta.sett \(--domain_field\); there are text, meta.set, meta.day"):
+        prepare(str(tmp_path / "d"), tmp_path / "out", domain_field="meta.sett")
 
 
 @pytest.mark.parametrize("windows", [2, 3, 4])
@@ -1000,9 +1003,19 @@ def test_a_tokenizer_that_was_changed_in_place(tiny_corpus, bpe_file, tmp_path):
     assert prepare(*made, window=128, held_out=0.1) and not prepare(*made, window=128, held_out=0.1)
     bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     bpe.normalizer = tokenizers.normalizers.Lowercase()
-    bpe.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match="exists, made with .* as it was, and it has changed; delete it"):
-        prepare(*made, window=128, held_out=0.1)
+    with_bos = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with_bos.post_processor = tokenizers.processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 2)])
+    for file, text in (
+        ("tokenizer_config.json", '{"eos_token": "</s>"}'),
+        ("tokenizer.json", bpe.to_str()),
+        ("tokenizer.json", with_bos.to_str()),
+    ):
+        before = (folder / file).read_text()
+        (folder / file).write_text(text)
+        with pytest.raises(ValueError, match="exists, made with .* as it was, and it has changed; delete it"):
+            prepare(*made, window=128, held_out=0.1)
+        (folder / file).write_text(before)
+    assert not prepare(*made, window=128, held_out=0.1)
 
 
 def test_the_end_token_of_a_unigram_model_stays_text(tmp_path):
@@ -1123,6 +1136,13 @@ def test_command_warns_of_shared_text(command, tmp_path):
     assert "warning: domain own" not in out
     status, _, error = command(*args, "--drop_shared")
     assert status == 2 and "made with drop_shared False, not True" in error
+
+
+def test_no_advice_that_was_followed():
+    """What is left of shared text, such as a licence in each file, is below what a document may have."""
+    meta = {"shared": {"code": 0.043, "prose": None, "own": 0.01}, "options": {"drop_shared": True}}
+    (line,) = prepare_data.warnings_about(SimpleNamespace(meta=meta))
+    assert "domain code: 4.3 %" in line and "each document has at most 5 % of it" in line
 
 
 def bad_folder(path: Path, *lines: bytes) -> Path:
