@@ -375,7 +375,7 @@ class Llama(nn.Module):
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: float = 5e9) -> None:
         """Write config.json and model.safetensors as `transformers` loads them, in `dtype` if it is given.
 
-        A model larger than max_shard_bytes is written as several files.
+        A model larger than max_shard_bytes is written as several files. ValueError if a value is too large for `dtype`.
         """
         weights = dict(self.named_parameters())  # a tied lm_head is not in it
         dtype = dtype or self.embed_tokens.weight.dtype

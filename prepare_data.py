@@ -383,7 +383,7 @@ def warnings_about(data: TokenData) -> list[str]:
     """A line for each domain whose held-out text train has too much of."""
     remedy = "--drop_shared drops such documents"
     if data.meta.get("options", {}).get("drop_shared"):
-        remedy = f"each document has at most {100 * MAX_SHARE:.0f} % of it, or --drop_shared had dropped it"
+        remedy = f"it is at most {100 * MAX_SHARE:.0f} % of a document, because --drop_shared dropped the others"
     return [
         f"warning: domain {domain}: {percent(share)} of the held-out text stands word for word in train (measured in "
         f"stretches of {STRETCH} bytes), so its losses are too good; {remedy}"
