@@ -396,6 +396,9 @@ def arguments() -> argparse.Namespace:
     group = parser.add_argument_group("results")
     group.add_argument("--json", metavar="FILE", help="Write the results into this file, too.")
     args = parser.parse_args()
+    for name in ("json", "write_questions"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name} is empty")
     args.asking = bool(args.continuation or args.questions or args.write_questions)
     if args.asking and not args.questions and args.sequences == 0:
         raise ValueError("--sequences 0 means all sequences, but questions need a number, as in --sequences 200")
@@ -411,8 +414,20 @@ def arguments() -> argparse.Namespace:
     if 0 < args.temperature < 1e-3:
         raise ValueError(f"--temperature {args.temperature} must be 0 or at least 0.001")
     if args.json:
-        check_output(Path(args.json))
+        check_report(Path(args.json))
     return args
+
+
+def check_report(file: Path) -> None:
+    """ValueError unless the results can be written there, and replace nothing but earlier results."""
+    check_output(file)
+    if file.exists() and file.stat().st_size:
+        try:
+            earlier = json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            earlier = None
+        if not isinstance(earlier, dict) or "models" not in earlier:
+            raise ValueError(f"--json {file}: this file holds something else than results of eval.py")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Metrics:
     @property
     def name(self) -> str:
         """The name of the run's directory."""
-        return self.path.resolve().name
+        return as_text(self.path.resolve().name)
 
     @property
     def domains(self) -> list[str]:
@@ -37,6 +37,11 @@ class Metrics:
     def has_gates(self) -> bool:
         """Whether the run has gates, learned or not."""
         return self.info.get("target") is not None
+
+
+def as_text(path: str) -> str:
+    """A path as a picture can show it: a byte that is no UTF-8 becomes an escape."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def read_metrics(path: str | Path) -> Metrics:

@@ -522,7 +522,7 @@ def test_command_draws_what_applies(tmp_path, monkeypatch, capsys):
     assert {png_size(Path(path)) for path in expected} == {(1440, 810)}
 
 
-@pytest.mark.parametrize("runs, name", [(["a"], "weights"), (["a", "b"], "comparison")])
+@pytest.mark.parametrize("runs, name", [(["a"], "weights"), (["\udcff"], "weights"), (["a", "b"], "comparison")])
 def test_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys, runs, name):
     """Pictures of a single run, or the comparison; the other pictures stay with their runs."""
     for run in runs:
