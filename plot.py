@@ -203,12 +203,13 @@ def zoom(ax):
 
 @matplotlib.rc_context(STYLE)
 def weights_figure(run: Metrics) -> Figure:
-    """Data weights q and reference ratio p. Those of an evaluation are in force until the next one."""
+    """Data weights q and reference ratio p. Those of an evaluation, or of a new ratio, are in force until the next."""
     tall = max(1, len(run.domains) / 28)  # so that the labels fit beside the axes, with 9 points at least
     fig, [[ax]] = new_figure(height=tall * HEIGHT)
-    steps, look = series(run.evals, "step"), styles(run.domains)
-    q = {d: 100 * series(run.evals, "weights", d) for d in run.domains}
-    p = {d: 100 * series(run.evals, "ratio", d) for d in run.domains}
+    points = sorted([*run.evals, *run.changes], key=lambda line: line["step"])
+    steps, look = series(points, "step"), styles(run.domains)
+    q = {d: 100 * series(points, "weights", d) for d in run.domains}
+    p = {d: 100 * series(points, "ratio", d) for d in run.domains}
     for d in run.domains:
         color, stairs = look[d]["color"], {"drawstyle": "steps-post", "clip_on": False}
         draw(ax, steps, p[d], **stairs, color=color, ls=":", lw=1.5, gid=f"ratio {d}")

@@ -357,7 +357,7 @@ def main():
             if trainer.masks and s.cut_at == 0:  # a choice at one stroke
                 trainer = cut(trainer, run, log, make, first)
             if first == 0 or run.changed:
-                log.begin()
+                log.begin(first, trainer.mixture)
             if first == 0:
                 trainer.evaluate(log, step=0)
             first = trainer.train(run, log, first)

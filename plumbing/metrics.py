@@ -13,6 +13,7 @@ from plumbing.records import parse_metrics
 class Metrics:
     """What metrics.jsonl says about a run: its `run` line, its `train` and `eval` lines, and its `end` line, if any.
 
+    changes: the `run` lines that say where it went on with other settings, and with which mixture.
     left_out: what is wrong with each line that does not fit (plumbing/records.py), such as a half-written last one.
     """
 
@@ -20,6 +21,7 @@ class Metrics:
     info: dict
     train: list[dict]
     evals: list[dict]
+    changes: list[dict]
     end: dict | None
     left_out: list[str]
 
@@ -67,7 +69,8 @@ def read_metrics(path: str | Path) -> Metrics:
     if not lines["eval"]:
         raise ValueError(f"{file}: no evaluation yet, so there is nothing to draw; try again after it{wrong}")
     end = lines["end"][-1] if lines["end"] else None
-    return Metrics(path, lines["run"][-1], lines["train"], lines["eval"], end, left_out)
+    changes = [line for line in lines["run"] if {"step", "weights", "ratio"} <= line.keys()]
+    return Metrics(path, lines["run"][-1], lines["train"], lines["eval"], changes, end, left_out)
 
 
 def check_lists(record: dict) -> None:

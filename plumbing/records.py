@@ -325,6 +325,9 @@ class RunLine(TypedDict):
     target: NotRequired[dict[str, Positive] | None]
     parameters: NotRequired[Natural]
     changed: NotRequired[dict[str, Any]]
+    step: NotRequired[Natural]
+    weights: NotRequired[ByName]
+    ratio: NotRequired[ByName]
 
 
 class Multiplier(TypedDict("Multiplier", {"lambda": NotRequired[ByName]})):

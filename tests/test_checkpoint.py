@@ -113,6 +113,8 @@ def test_what_changes_elsewhere_is_what_counts_there(chain, tmp_path, monkeypatc
         "--dynamic_reference=False",
     ]
     assert run(monkeypatch, *mine, f"--out={tmp_path / 'x'}", resume, *other) == 0
+    _, again = metrics(tmp_path / "x", "run")
+    assert again["step"] == 50 and again["weights"] == again["ratio"] == {"animals": 0.8, "brackets": 0.1, "sums": 0.1}
     first = metrics(tmp_path / "x", "eval")[-5]
     assert first["step"] == 52 and first["reference"] == losses and first["ratio"]["animals"] > 0.7
     keep = f"--reference_model={out['pretrain']}"

@@ -219,6 +219,12 @@ def test_weights_title_says_who_gained_and_whose_text_was_used_again(tmp_path):
     fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))
     assert fig.get_suptitle() == "run: every domain keeps its share of the batches"
     assert fig.axes[0].get_title("left") == "dro schedule"
+    at = lines.index(next(e for e in evals(lines) if e["step"] == 100)) + 1  # where the run goes on with another ratio
+    new = {"a": 0.5, "b": 0.5}
+    again = lines[0] | {"changed": {"ratio": {"was": {}, "now": new}}, "step": 100, "weights": new, "ratio": new}
+    later = [line | {"weights": new} if line["type"] == "eval" else line for line in lines[at:]]
+    fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", [*lines[:at], again, *later])))
+    assert "gets 38.2 % of all batches" in fig.get_suptitle()  # 90 steps of 25 %, and 100 of 50 %
     for e in evals(lines):  # from so much nobody can gain much
         e["weights"], e["ratio"] = {"a": 0.001, "b": 0.999}, {"a": 0.004, "b": 0.996}
     fig = plot.weights_figure(plot.read_metrics(write(tmp_path / "run", lines)))
