@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from model import Gates, KVCache, Llama
 from plumbing import parallel
-from plumbing.command_line import Parser, check_utf8, command, number, user_errors
+from plumbing.command_line import Parser, check_utf8, command, number, some_path, user_errors
 from plumbing.continuation import LENGTH, PREFIX, answer, encode, make_or_read, start_of_text, write_all
 from plumbing.data import TokenData
 from plumbing.dataset import DamagedData
@@ -207,8 +207,8 @@ def main():
         print(loss_table(report["models"]))
     if args.json:
         with user_errors():
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(args.json), json.dumps(report, indent=1))
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(args.json, json.dumps(report, indent=1))
 
 
 def evaluate(
@@ -347,7 +347,10 @@ def arguments() -> argparse.Namespace:
         "--questions", nargs="+", metavar="FILE", help="Ask the questions of these .jsonl files. A file is a domain."
     )
     group.add_argument(
-        "--write_questions", metavar="DIR", help="Write the questions that are asked into this folder as .jsonl files."
+        "--write_questions",
+        type=some_path,
+        metavar="DIR",
+        help="Write the questions that are asked into this folder as .jsonl files.",
     )
 
     group = parser.add_argument_group("a sample, instead of losses and speed")
@@ -394,11 +397,8 @@ def arguments() -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("results")
-    group.add_argument("--json", metavar="FILE", help="Write the results into this file, too.")
+    group.add_argument("--json", type=some_path, metavar="FILE", help="Write the results into this file, too.")
     args = parser.parse_args()
-    for name in ("json", "write_questions"):
-        if getattr(args, name) == "":
-            raise ValueError(f"--{name} is empty")
     args.asking = bool(args.continuation or args.questions or args.write_questions)
     if args.asking and not args.questions and args.sequences == 0:
         raise ValueError("--sequences 0 means all sequences, but questions need a number, as in --sequences 200")
@@ -414,7 +414,7 @@ def arguments() -> argparse.Namespace:
     if 0 < args.temperature < 1e-3:
         raise ValueError(f"--temperature {args.temperature} must be 0 or at least 0.001")
     if args.json:
-        check_report(Path(args.json))
+        check_report(args.json)
     return args
 
 
@@ -427,7 +427,7 @@ def check_report(file: Path) -> None:
         except (ValueError, RecursionError):
             earlier = None
         if not isinstance(earlier, dict) or "models" not in earlier:
-            raise ValueError(f"--json {file}: this file holds something else than results of eval.py")
+            raise ValueError(f"--json {file}: this file holds no results of eval.py, and they would replace it")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from dro import COLLECT_FROM, MORE_POINTS_THAN, PREDICT_FROM, RATIO_FROM
-from plumbing.command_line import Parser, command, one_line, user_errors
-from plumbing.metrics import Metrics, as_text, get, latest, read_metrics, series
+from plumbing.command_line import Parser, command, one_line, some_path, user_errors
+from plumbing.metrics import Metrics, get, latest, read_metrics, series
 from plumbing.output import check_output
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, no yellow
@@ -410,7 +410,7 @@ def comparison_figure(runs: list[Metrics]) -> Figure:
     domains, names = common_domains(runs), [run.name for run in runs]
     if len(set(names)) < len(names):
         paths = [run.path.absolute() for run in runs]
-        names = [as_text(str(path.relative_to(os.path.commonpath(paths)))) for path in paths]
+        names = [one_line(str(path.relative_to(os.path.commonpath(paths))), 255) for path in paths]
     in_bits = all(np.isfinite(latest(run, "bits_per_byte", d)) for run in runs for d in domains)
     measure, unit = ("bits_per_byte", "bits per byte") if in_bits else ("loss", "nats/token")
     kinds = {"average": (np.mean, "-", 2.4), "worst domain": (np.max, "--", 1.7)}
@@ -466,13 +466,11 @@ def main():
         parser = Parser(__doc__)
         parser.add_argument("runs", nargs="+", metavar="RUN", help="The directory of a run, such as out/toy_prune.")
         where = "The directory for comparison.png, or for the pictures of a single run. Default: the (first) run."
-        parser.add_argument("--out", metavar="DIR", help=where)
+        parser.add_argument("--out", type=some_path, metavar="DIR", help=where)
         args = parser.parse_args()
-        if args.out == "":
-            raise ValueError("--out is empty")
         runs = list({Path(path).resolve(): read_metrics(path) for path in args.runs}.values())
         common_domains(runs)  # raises an error before anything is written
-        out = Path(args.out or runs[0].path)
+        out = args.out or runs[0].path
         for directory in {out} if len(runs) == 1 else {out, *(run.path for run in runs)}:
             for name in (*FIGURES, "comparison"):
                 check_output(directory / f"{name}.png")

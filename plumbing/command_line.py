@@ -308,6 +308,13 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     return read
 
 
+def some_path(text: str) -> Path:
+    """The type of an option that is a path. An empty one, as of a variable of the shell that is not set, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("this path is empty")
+    return Path(text)
+
+
 def coerce(value: Any, kind: type) -> Any:
     """`value` as `kind`, with int -> float and ~/ -> the home folder the only conversions; ValueError says what was
     expected."""

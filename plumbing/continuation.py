@@ -150,17 +150,17 @@ def make_or_read(
     return asked
 
 
-def write_all(folder: str, questions: dict[str, list[Question]], were_read: list[str]) -> None:
+def write_all(folder: Path, questions: dict[str, list[Question]], were_read: list[str]) -> None:
     """A .jsonl file per domain. ValueError before anything is written where one of them cannot be, or would replace a
     file that holds no questions, or one of the files that they were read from: lines there may hold more."""
-    files = {domain: Path(folder) / f"{folder_of(domain)}.jsonl" for domain in questions}  # a name may hold a /
+    files = {domain: folder / f"{folder_of(domain)}.jsonl" for domain in questions}  # a name may hold a /
     for file in files.values():
         check_output(file)
         if file.exists() and any(file.samefile(source) for source in were_read):
             raise ValueError(f"--write_questions: --questions reads {file}; choose another folder")
         if file.exists() and file.stat().st_size:
             read_questions(file)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for domain, asked in questions.items():
         write_questions(files[domain], asked)
 

@@ -147,15 +147,18 @@ class Log:
             say("reference losses: " + "  ".join(f"{domain} {loss:.3f}" for domain, loss in losses))
 
     def begin(self, step: int, mixture: Mixture) -> None:
-        """The first line: what kind of run this is. It comes again where a run goes on with other settings, after so
-        many steps, and then says with which mixture, which may be another one, too."""
+        """The first line: what kind of run this is. Where a run goes on with other settings, it comes again, and says
+        after how many steps and with which mixture."""
         s, changed = self.s, {}
         target = s.target_shape(self.source) if s.cut_at else None  # what is cut out at once is never gated
         source = self.source if s.cut_at else self.shape
         if self.run.changed:
-            changed["changed"] = {key: {"was": was, "now": now} for key, (was, now) in self.run.changed.items()}
-            now = {"weights": mixture.weights, "ratio": mixture.state["ratio"]}
-            changed |= {"step": step} | {key: self._by_domain(values) for key, values in now.items()}
+            changed = {
+                "changed": {key: {"was": was, "now": now} for key, (was, now) in self.run.changed.items()},
+                "step": step,
+                "weights": self._by_domain(mixture.weights),
+                "ratio": self._by_domain(mixture.state["ratio"]),
+            }
             say(
                 "changed: "
                 + "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in self.run.changed.items())

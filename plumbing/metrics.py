@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plumbing.command_line import one_line
 from plumbing.records import parse_metrics
 
 
@@ -28,7 +29,7 @@ class Metrics:
     @property
     def name(self) -> str:
         """The name of the run's directory."""
-        return as_text(self.path.resolve().name)
+        return one_line(self.path.resolve().name, 255)  # a picture can show it
 
     @property
     def domains(self) -> list[str]:
@@ -39,11 +40,6 @@ class Metrics:
     def has_gates(self) -> bool:
         """Whether the run has gates, learned or not."""
         return self.info.get("target") is not None
-
-
-def as_text(path: str) -> str:
-    """A path as a picture can show it: a byte that is no UTF-8 becomes an escape."""
-    return path.encode(errors="backslashreplace").decode()
 
 
 def read_metrics(path: str | Path) -> Metrics:

@@ -344,7 +344,7 @@ def test_files_of_questions(tmp_path):
 
 def test_a_domain_cannot_name_a_file_elsewhere(tmp_path):
     questions = [Question("q", "a", "b", 0)]
-    write_all(str(tmp_path / "q"), {"../../evil": questions, "a/b": questions, "é": questions}, [])
+    write_all(tmp_path / "q", {"../../evil": questions, "a/b": questions, "é": questions}, [])
     assert sorted(file.name for file in tmp_path.rglob("*.jsonl")) == [
         "%2E.%2F..%2Fevil.jsonl",
         "a%2Fb.jsonl",
@@ -361,12 +361,12 @@ def test_what_is_written_can_be_read(tiny_data, tmp_path):
     text = tokenizer.decode(data.tokens("sums", "train"))
     for seed in range(6):
         asked = make_or_read(data, tokenizer, "train", 1, seed, None)
-        write_all(str(tmp_path), asked, [])
+        write_all(tmp_path, asked, [])
         assert read_questions(tmp_path / "sums.jsonl") == asked["sums"]
         assert asked["sums"][0].question + asked["sums"][0].choice1 in text
     (tmp_path / "q.jsonl").write_text('{"question": "a", "choice1": "b", "choice2": "c", "label": 2}\n' * 2)
     asked = make_or_read(data, tokenizer, "train", 1, 0, [str(tmp_path / "q.jsonl")])
-    write_all(str(tmp_path / "again"), asked, [])
+    write_all(tmp_path / "again", asked, [])
     assert read_questions(tmp_path / "again" / "q.jsonl") == asked["q"]
     assert [(q.choice1, q.choice2)[q.label] for q in asked["q"]] == ["c", "c"]
 
