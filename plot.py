@@ -321,8 +321,7 @@ def loss_figure(run: Metrics) -> Figure:
 def sparsity_figure(run: Metrics) -> Figure | None:
     """Per granularity: expected sparsity s and its target t, undecided gates, and the multipliers."""
     gaps = {g: abs(series(run.train, "sparsity", g) - series(run.train, "target_sparsity", g)) for g in NAMES}
-    gaps = {g: gap[np.isfinite(gap)] for g, gap in gaps.items()}
-    pruned = [g for g in NAMES if gaps[g].size]
+    pruned = [g for g in NAMES if np.isfinite(gaps[g]).any()]
     if not pruned:
         return None
     panels = {
@@ -347,9 +346,10 @@ def sparsity_figure(run: Metrics) -> Figure | None:
             ax.set_ylim(0)
     for ax in grid[0]:
         ax.set_xlabel("")
-    worst = max(gaps[g][-1] for g in pruned)  # of the last that was logged: gates may settle before the end
-    text = f"in the end expected sparsity is at most {100 * worst:.2g} percentage points off its target"
-    heading(fig, run, text)
+    last = np.flatnonzero(np.isfinite(gaps[pruned[0]]))[-1]  # gates may settle before the end
+    worst = max(gaps[g][last] for g in pruned)
+    at = f"at step {int(steps[last]):,} expected sparsity"
+    heading(fig, run, f"{at} is at most {100 * worst:.2g} percentage points off its target")
     entries = [entry(NAMES[g], color=look[g]["color"]) for g in pruned]
     legend(fig, [*entries, entry("target t", ls="--", lw=1.4)])
     return fig

@@ -31,8 +31,10 @@ from scipy import stats
 
 from plot import COLORS, STYLE, new_figure, read_metrics
 from plumbing.command_line import Parser, load, number, user_errors
+from plumbing.continuation import make_or_read
 from plumbing.data import TokenData
 from plumbing.output import write_whole
+from plumbing.tokenizer import load_tokenizer
 from train import Settings
 
 OUT, DOCS = Path("out/compare"), Path("docs/compare")
@@ -54,7 +56,6 @@ LENGTHS = {"a third as long": 1 / 3, "three times as long": 3}  # of the runs fr
 WAYS = ["", *(f", {way}" for way in [*LENGTHS, "pruning too"])]  # a table each
 MIXTURES = [mixture + way for way in WAYS for mixture in ("skewed", "own")]
 ANSWERS = {"right answers": "accuracy", "their error": "standard_error"}
-ASKED = ["constant", "sheared", "paper", "even"]  # two-choice questions, at the two plain mixtures
 OF_THE_CASE = {"out", "seed", "threads", "data", "init_from", "reference_model", "ratio"}
 SHARES = [0.78, 0.10, 0.04, 0.03, 0.02, 0.02, 0.01]
 PRETRAIN = {"steps": 1200, "warmup": 120}  # longer than the demo's
@@ -77,6 +78,7 @@ class Case:
     prune: dict = field(default_factory=PRUNE.copy)
     train_on: dict = field(default_factory=dict)
     sequences: int = 128  # of each domain, of the test split
+    asked: tuple[str, ...] = ("constant", "sheared", "paper", "even")  # two-choice questions, at the plain mixtures
 
     def at(self, seed: int, *names: str) -> Path:
         """A place of a seed: its source, or the run of a mixture and a schedule."""
@@ -144,7 +146,7 @@ def judge(case: Case, seed: int, mixture: str, schedule: str) -> None:
     ratio = dict.fromkeys(case.skew, 1) if schedule == "uniform" else {} if start == "own" else case.skew
     train(case.at(seed, mixture, schedule), seed, config, **settings, ratio=ratio)
     case.losses(seed, mixture, schedule)
-    if schedule in ASKED and not way:
+    if schedule in case.asked and not way:
         case.answers(seed, mixture, schedule)
 
 
@@ -339,6 +341,11 @@ def main():
             if given.ratio.keys() != set(text.domains):
                 raise ValueError(f"--ratio needs a share of each domain: {', '.join(text.domains)}")
             case = CASES[case.name] = replace(case, data=given.data, skew=given.ratio)
+            try:  # as eval.py will
+                make_or_read(text, load_tokenizer(text.tokenizer), "test", 200, 0, None)
+            except ValueError as error:
+                print(f"no model is asked two-choice questions: {error}")
+                case = CASES[case.name] = replace(case, asked=())
             known_by = zlib.crc32(f"{text.digest} {sorted(given.ratio.items())}".encode())
             OUT = DOCS = OUT / f"{Path(given.data).name}_{known_by:08x}"  # another text or ratio has other runs
         if not args.report:

@@ -393,8 +393,8 @@ def load(cls: type, args: list[str]) -> Any:
 
 def with_values(args: list[str], known: dict[str, Field]) -> list[str]:
     """The arguments with `-` in the names of settings as `_`, `--key value` as `--key=value`, and `--key` alone as
-    `--key=True` for a switch."""
-    result, rest = [], list(args)
+    `--key=True` for a switch. A `--` alone means nothing: what follows it are settings, too."""
+    result, rest = [], [arg for arg in args if arg != "--"]
     while rest:
         arg = rest.pop(0)
         name, equals, value = arg.partition("=")

@@ -199,6 +199,7 @@ TABLE = [
     # settings that are no values
     ("a misspelt key", "train --stesp=3", None, "unknown setting 'stesp', did you mean 'steps'?"),
     ("a key of no setting", "train --zzz 3", None, "unknown setting 'zzz'"),
+    ("a setting after --", "train -- --steps=x", None, "steps: 'x' is a string"),
     ("a key without a value", "train --lr", None, "argument --lr: expected one argument"),
     ("a short option", "train -x", None, "unknown setting 'x'"),
     ("text for a number", "train --steps=many", None, "steps: 'many' is a string, a whole number is needed"),

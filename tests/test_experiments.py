@@ -59,7 +59,7 @@ def test_runs_of_a_case_differ_in_their_schedule_alone(monkeypatch, tmp_path):
         for schedule in [*compare.SCHEDULES, "--schedule=dro --rho=0.7"]:
             commands.clear()
             compare.judge(toy, 3, mixture, schedule)
-            asked = ["eval.py"] * (schedule in compare.ASKED and "," not in mixture)  # two-choice questions
+            asked = ["eval.py"] * (schedule in toy.asked and "," not in mixture)  # two-choice questions
             assert [command[0] for command in commands] == ["train.py", "eval.py", *asked]
             settings[schedule] = asdict(load(Settings, commands[0][1:]))
         assert len({run["out"] for run in settings.values()}) == len(settings)
@@ -98,6 +98,23 @@ def test_settings_may_stand_in_place_of_a_schedule(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare.py", "toy", "--seeds", "2", "3", "--schedules", *schedules])
     compare.main()
     assert asked == [(compare.CASES["toy"], range(2, 4), compare.CASES["toy"].mixtures, schedules, 2), schedules]
+
+
+@pytest.mark.parametrize("window", [64, 128])
+def test_models_of_a_text_too_short_for_questions_are_not_asked(tiny_corpus, monkeypatch, tmp_path, capsys, window):
+    prepare(str(tiny_corpus), tmp_path / "data", window=window, held_out=0.1)
+    found = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(compare, "CASES", dict(compare.CASES))
+    for name in ("OUT", "DOCS"):  # which the command changes
+        monkeypatch.setattr(compare, name, tmp_path)
+    monkeypatch.setattr(compare, "run_all", lambda case, *others: found.append(case.asked))
+    monkeypatch.setattr(compare, "report", lambda schedules: None)
+    ratio = {domain: 1 for domain in TokenData(tmp_path / "data").domains}
+    monkeypatch.setattr(sys, "argv", ["compare.py", "toy", f"--data={tmp_path / 'data'}", f"--ratio={ratio}"])
+    compare.main()
+    assert found == [compare.Case("", 1, {}).asked if window == 128 else ()]
+    assert ("its windows have 64" in capsys.readouterr().out) == (window == 64)
 
 
 def test_seeds_have_their_own_source_and_what_is_done_is_not_done_again(monkeypatch, tmp_path):
