@@ -6,7 +6,7 @@
 
 `toy` makes its data set and its source model, where they are not there; the others need those of docs/smollm2.md. Every
 row is one run of equal settings (the config's, with the paper's mixture) but for what its name says, and sees the same
-number of tokens. A seed is that of data order, gates and random choice.
+number of tokens. A seed is that of the domain of each sequence, of the gates' noise and of the random choice.
 
     CHOICE, at one stroke     the small model is cut out before the first step
     CHOICE, fading            what goes fades out in the first 2/7 of the run, then the small model is cut out

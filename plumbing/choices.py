@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from masks import PruningMasks, gate_shapes, kept_indices, survivors
 from model import Gates, Llama
-from plumbing import randomness, records
+from plumbing import checksums, randomness, records
 
 Scores = Gates  # the same fields and shapes; a score may be any number, and the higher are kept
 WITH_TEXT = ("activation", "taylor")
@@ -60,8 +60,10 @@ def scores(gates: str, masks: PruningMasks, model: Llama, text: list[Tensor], se
             return activation_scores(model, text)
         case "taylor":
             return taylor_scores(model, text)
+    file = Path(gates)
     try:
-        return scores_of(masks, records.read(Path(gates), records.Pruning, "a pruning.json"))
+        checksums.check(file.parent, file.name)
+        return scores_of(masks, records.read(file, records.Pruning, "a pruning.json"))
     except OSError as error:
         names = ", ".join(NAMES)
         raise ValueError(f"gates = '{gates}': neither one of {names} nor a file: {error.strerror}") from None

@@ -324,6 +324,8 @@ TABLE = [
     ("no such reference", "prune --reference_model=out/none", None, "out/none: no such model or run"),
     ("a run that is half done", "train --init_from=out/half", None, "this run is not finished"),
     ("gates of no file", "prune --gates=none.json", None, "gates = 'none.json': neither one of learned, random"),
+    ("a choice that was damaged", "prune --gates=out/small/model/pruning.json",
+     put("out/small/model/pruning.json", "layer.kept", [1]), "pruning.json: damaged: its checksum"),
     ("gates of a folder", "prune --gates=out", None, "gates = 'out': neither one of learned, random"),
     ("a dry run of them", "prune --gates=activatoin --dry_run", None, "neither one of learned, random"),
     ("a run of other settings", "resume --lr=1.0", None, "was started with other settings"),
