@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Literal
 
 from dro import MORE_POINTS_THAN, SCHEDULES, WITH_REFERENCES
+from masks import check_reach
 from model import LlamaConfig
 from plumbing import records
 from plumbing.command_line import Free, Group, Limits, fields, out_of_limits
@@ -364,6 +365,8 @@ class Settings:
             )
         if target == source:
             raise ValueError(f"the target shape is that of {self.init_from}: there is nothing to prune")
+        if self.learns_gates:
+            check_reach(source, target)
         return target
 
 

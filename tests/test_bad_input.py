@@ -317,6 +317,8 @@ TABLE = [
     # models, runs and where a run goes on
     ("no such model", "train --init_from=out/none", None, "out/none: no such model or run"),
     ("a target of no source", "train --target_n_layer=1", None, "set init_from"),
+    ("a target that no gates learn", "prune --target_d_ffn=1", None, "closes 47 of 48 ffn gates"),
+    ("a dry run of it", "prune --target_d_ffn=1 --dry_run", None, "'learned' can close 0.2 to 95.3 % of them"),
     ("a target that is larger", "prune --target_d_ffn=2**40", None, "is larger than the source's 48"),
     ("a target as large", "train --init_from=out/source --target_n_layer=3 --sparsity_warmup=4", None, "nothing to"),
     ("heads that do not divide", "prune --target_d_model=25", None, "must be a multiple of the 2 heads kept"),

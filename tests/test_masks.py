@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import transformers
 from test_model import random_llama, relative
 
-from masks import HardConcrete, PruningMasks, extract, survivors
+from masks import HardConcrete, PruningMasks, check_reach, extract, survivors
 from model import Gates, Llama, LlamaConfig
 from plumbing.choices import choose_, magnitude_scores
 
@@ -320,6 +321,15 @@ def test_targets_that_cannot_be_are_refused(name):
     source = replace(SOURCE, n_kv_head=2)
     with pytest.raises(ValueError, match=words):
         PruningMasks(source, replace(source, **change), 0)
+
+
+@pytest.mark.parametrize("name, size, last", [("n_layer", 21, 1), ("d_ffn", 495, 494)])
+def test_a_target_that_log_alpha_cannot_reach_is_refused(name, size, last):
+    """P(z = 0) = sigmoid(log(1 / 11) * 2/3 - log_alpha) is at least .00202 and at most .9529: 21 / 22 is more."""
+    for n, reached in ((size, True), (size + 1, False)):
+        source = replace(SOURCE, **{name: n})
+        with nullcontext() if reached else pytest.raises(ValueError, match="'learned' can close 0.2 to 95.3 %"):
+            check_reach(source, replace(source, **{name: last + n - size if last > 1 else last}))
 
 
 def test_equal_scores_are_ordered_by_lot():
