@@ -584,9 +584,9 @@ def test_dry_run_of_a_cut_at_once_knows_the_source():
     """Before the first step the source is there, in float32. Beside it are the reference model, the small model, or
     what a choice needs that looks at the weights. In shards that is a whole copy, too; `taylor` with layers recomputed
     has the scaled weights and the activations of one layer."""
-    args = "--init_from=x --target_n_layer=1 --target_d_model=32 --target_n_head=1 --target_d_ffn=32".split()
+    args = "--init_from=x --target_n_layer=1 --target_d_model=32 --target_n_head=1 --target_d_ffn=128".split()
     source = LlamaConfig(257, 4, 512, 8, 8, 64, 1376, 64)
-    small = 4 * LlamaConfig(257, 1, 32, 1, 1, 64, 32, 64).n_params()
+    small = 4 * LlamaConfig(257, 1, 32, 1, 1, 64, 128, 64).n_params()
     shards = ("--world_size=2", "--parallel=fsdp")
     for more, bytes_each, beside in (
         (["--gates=random"], 4, small),
