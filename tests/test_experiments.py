@@ -359,8 +359,7 @@ def test_the_tables_in_the_docs_are_what_was_measured():
     text = (ROOT / "docs/comparison.md").read_text() + (ROOT / "docs/default.md").read_text()
     for name in results.keys() - {"command"}:
         assert all(table in text for table in compare.tables(results[name])), name
-    for name in ("toy", "middle"):
-        assert compare.answers_table(results[name]["skewed"]) in text, name
+        assert compare.answers_table(results[name]["skewed"]) in text, name  # empty where none was asked
     for scale in ("toy", "smollm2", "smollm2_short"):
         measured = json.loads((ROOT / f"docs/pruning/{scale}.json").read_text())
         assert pruning.table(measured) in (ROOT / "docs/pruning.md").read_text(), scale
