@@ -101,10 +101,6 @@ class HardConcrete(nn.Module):
         return survivors(self.log_alpha, self.keep).to(self.log_alpha.dtype)
 
 
-# the smallest and the largest expected share of a row that is closed: all of its log_alpha are at a limit
-CLOSABLE = tuple(1 - HardConcrete((1,), 1, end).prob_nonzero().item() for end in (LOG_ALPHA_MAX, LOG_ALPHA_MIN))
-
-
 class PruningMasks(nn.Module):
     """The distributions of all gates that prune `source` to `target`, with their Lagrange multipliers.
 
@@ -269,18 +265,6 @@ def check_target(source: LlamaConfig, target: LlamaConfig) -> None:
         )
     if replace(target, **source.shape) != source:
         raise ValueError("source and target must differ in their shapes only")
-
-
-def check_reach(source: LlamaConfig, target: LlamaConfig) -> None:
-    """ValueError where learned gates cannot get as sparse, or stay as dense, as the target: log_alpha has limits."""
-    low, high = CLOSABLE
-    for granularity, (*_, size) in gate_shapes(source).items():
-        keep = gate_shapes(target)[granularity][-1]
-        if keep < size and not low <= 1 - keep / size <= high:
-            raise ValueError(
-                f"the target closes {size - keep} of {size} {granularity} gates, and gates = 'learned' can close "
-                f"{100 * low:.1f} to {100 * high:.1f} % of them: take another target, or gates = 'activation'"
-            )
 
 
 # -- extraction -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Literal
 
 from dro import MORE_POINTS_THAN, SCHEDULES, WITH_REFERENCES
-from masks import check_reach
+from masks import LOG_ALPHA_MAX, LOG_ALPHA_MIN, HardConcrete, gate_shapes
 from model import LlamaConfig
 from plumbing import records
 from plumbing.command_line import Free, Group, Limits, fields, out_of_limits
@@ -20,6 +20,8 @@ from plumbing.huggingface import model_type_of
 
 POSITIVE, NOT_NEGATIVE, SHARE = Limits(1), Limits(0), Limits(0, 1)
 SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ffn", "tie_embeddings")  # of a model from scratch
+# the share of a row that learned gates close is between these, where all log_alpha of the row are at a limit
+CLOSABLE = tuple(1 - HardConcrete((1,), 1, end).prob_nonzero().item() for end in (LOG_ALPHA_MAX, LOG_ALPHA_MIN))
 SIZE, SIZE_OR_0 = Limits(1, records.MAX_SIZE), Limits(0, records.MAX_SIZE)  # what is made can be read again
 
 
@@ -366,8 +368,20 @@ class Settings:
         if target == source:
             raise ValueError(f"the target shape is that of {self.init_from}: there is nothing to prune")
         if self.learns_gates:
-            check_reach(source, target)
+            check_closable(source, target)
         return target
+
+
+def check_closable(source: LlamaConfig, target: LlamaConfig) -> None:
+    """ValueError where learned gates cannot get as sparse, or stay as dense, as the target."""
+    low, high = CLOSABLE
+    for granularity, (*_, size) in gate_shapes(source).items():
+        keep = gate_shapes(target)[granularity][-1]
+        if keep < size and not low <= 1 - keep / size <= high:
+            raise ValueError(
+                f"the target closes {size - keep} of {size} {granularity} gates, and gates = 'learned' can close "
+                f"{100 * low:.1f} to {100 * high:.1f} % of them: take another target, or gates = 'activation'"
+            )
 
 
 FREE = {name for name, setting in fields(Settings).items() if setting.free}

@@ -10,9 +10,11 @@ import torch
 import transformers
 from test_model import random_llama, relative
 
-from masks import HardConcrete, PruningMasks, check_reach, extract, survivors
+from masks import HardConcrete, PruningMasks, extract, survivors
 from model import Gates, Llama, LlamaConfig
 from plumbing.choices import choose_, magnitude_scores
+from plumbing.command_line import load
+from plumbing.settings import Settings
 
 SOURCE = LlamaConfig(61, 4, 24, 4, 4, 6, 40, 32)
 TARGET = replace(SOURCE, n_layer=2, d_model=14, n_head=2, n_kv_head=2, d_ffn=21)
@@ -323,13 +325,15 @@ def test_targets_that_cannot_be_are_refused(name):
         PruningMasks(source, replace(source, **change), 0)
 
 
-@pytest.mark.parametrize("name, size, last", [("n_layer", 21, 1), ("d_ffn", 495, 494)])
-def test_a_target_that_log_alpha_cannot_reach_is_refused(name, size, last):
-    """P(z = 0) = sigmoid(log(1 / 11) * 2/3 - log_alpha) is at least .00202 and at most .9529: 21 / 22 is more."""
-    for n, reached in ((size, True), (size + 1, False)):
-        source = replace(SOURCE, **{name: n})
-        with nullcontext() if reached else pytest.raises(ValueError, match="'learned' can close 0.2 to 95.3 %"):
-            check_reach(source, replace(source, **{name: last + n - size if last > 1 else last}))
+@pytest.mark.parametrize("name, size, keep, reached", [
+    ("n_layer", 21, 1, True), ("n_layer", 22, 1, False), ("d_ffn", 495, 494, True), ("d_ffn", 496, 495, False),
+])  # fmt: skip
+def test_a_target_that_log_alpha_cannot_reach_is_refused(name, size, keep, reached):
+    """P(z = 0) = sigmoid(log(1 / 11) * 2/3 - log_alpha) is at least .002018 and at most .9529: 21 / 22 is more."""
+    source, target = replace(SOURCE, **{name: size}), ["--init_from=x", f"--target_{name}={keep}"]
+    with nullcontext() if reached else pytest.raises(ValueError, match="'learned' can close 0.2 to 95.3 %"):
+        assert load(Settings, target).target_shape(source).shape[name] == keep
+    assert load(Settings, [*target, "--gates=activation"]).target_shape(source).shape[name] == keep
 
 
 def test_equal_scores_are_ordered_by_lot():
