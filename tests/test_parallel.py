@@ -654,6 +654,7 @@ def test_dry_run_says_what_a_model_that_is_not_known_is(monkeypatch, tmp_path):
 
 def test_dry_run_knows_what_the_runs_before_it_will_make(pruning, monkeypatch, tmp_path):
     """Of the data of this run, whatever the config's are, and with the target that a run on its way has."""
+    monkeypatch.chdir(tmp_path)  # where no demo was run
     small = cost.known_shape("out/toy_prune", vocab_size=3000)
     assert (small.vocab_size, small.n_layer, small.d_model) == (3000, 4, 96)
     assert run(monkeypatch, *pruning[0], f"--out={tmp_path / 'toy_prune'}", "--stop_at=1") == 0
